@@ -1,0 +1,259 @@
+"""The model against references: the paper's dense formula, GPT-2 in a few lines, YaRN's golden numbers, and gradients as proof of causality."""
+import math
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from model import GPT, Block, GPTConfig, rope_frequencies
+
+META = 257
+
+
+def tiny(**kwargs):
+    torch.manual_seed(0)
+    config = GPTConfig(**{**dict(block_size=32, vocab_size=320, n_layer=2, n_head=2, n_embd=16, meta_id=META), **kwargs})
+    model = GPT(config).double().eval()
+    for p in model.parameters():  # far from the initial near-zero weights, so that every path counts
+        p.data += 0.2 * torch.randn_like(p)
+    return model
+
+
+def tokens(B, T, meta_at):
+    """(B, T) text ids, with meta-tokens at meta_at[b] of each row b."""
+    idx = torch.randint(0, 256, (B, T), generator=torch.Generator().manual_seed(1))
+    for row, places in zip(idx, meta_at):
+        row[list(places)] = META
+    return idx
+
+
+RAGGED = [(3, 4, 17, 30), (0, 31), (), range(20), range(32)]  # also none, and meta-tokens only
+
+
+@pytest.fixture
+def dense(monkeypatch):
+    """Switches every block to the paper's dense formula."""
+    return lambda: monkeypatch.setattr(Block, 'dense', True)
+
+
+@pytest.mark.parametrize('pos', ['rope', 'ape', 'none'])
+@pytest.mark.parametrize('meta_at', [RAGGED, [()] * 5, [range(32)] * 5, [(1, 9, 30)] * 5], ids=['ragged', 'no meta', 'only meta', 'equal'])
+@pytest.mark.parametrize('zero_meta', [None, 'position'])
+def test_gathered_equals_dense(pos, meta_at, zero_meta, dense):
+    model, idx = tiny(pos=pos, n_layer=3), tokens(5, 32, meta_at)
+    weight = torch.randn(5, 32, 16, dtype=torch.float64)
+
+    def value_and_gradients():
+        model.zero_grad()
+        x = model.hidden(idx, zero_meta=zero_meta)
+        (x * weight).sum().backward()
+        return [x.detach()] + [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()]
+
+    fast = value_and_gradients()
+    dense()
+    for a, b in zip(fast, value_and_gradients(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+def test_more_slots_than_meta_tokens_change_nothing():
+    model, idx = tiny(), tokens(5, 32, RAGGED)
+    torch.testing.assert_close(model.hidden(idx, n_meta=32), model.hidden(idx), rtol=1e-12, atol=1e-12)
+    rows = idx[:1]  # 4 meta-tokens
+    torch.testing.assert_close(model.hidden(rows, n_meta=9), model.hidden(rows, n_meta=4), rtol=1e-12, atol=1e-12)
+
+
+def test_rows_that_are_no_meta_token_get_exactly_nothing():
+    """With one block, text rows are the same to the bit whatever the meta-attention's weights are; meta rows are not."""
+    model, idx = tiny(n_layer=1), tokens(5, 32, RAGGED)
+    before = model.hidden(idx)
+    for p in model.transformer.h[0].meta_attn.parameters():
+        p.data += 1.0
+    after, is_meta = model.hidden(idx), idx == META
+    assert torch.equal(before[~is_meta], after[~is_meta])
+    assert (before[is_meta] != after[is_meta]).any(dim=-1).all()
+
+
+@pytest.mark.parametrize('pos', ['rope', 'ape'])
+def test_causal_and_connected(pos):
+    """The gradient of position t's output reaches the inputs 0 ... t, all of them, and none after."""
+    model, idx = tiny(pos=pos), tokens(1, 12, [(2, 5, 9)])
+    embedded = model.transformer.wte(idx).detach().requires_grad_()
+    model.transformer.wte.register_forward_hook(lambda *_: embedded)
+    for t in range(12):
+        grad, = torch.autograd.grad(model.hidden(idx)[0, t].square().sum(), embedded)
+        reached = grad[0].abs().sum(-1)
+        assert (reached[:t + 1] > 0).all() and (reached[t + 1:] == 0).all()
+
+
+def test_meta_attention_connects_meta_tokens_only():
+    """With the causal attention silenced, a meta-token hears the earlier meta-tokens and itself; a text token hears itself."""
+    model, idx = tiny(n_layer=1), tokens(1, 12, [(2, 5, 9)])
+    torch.nn.init.zeros_(model.transformer.h[0].attn.c_proj.weight)
+    embedded = model.transformer.wte(idx).detach().requires_grad_()
+    model.transformer.wte.register_forward_hook(lambda *_: embedded)
+    for t in range(12):
+        grad, = torch.autograd.grad(model.hidden(idx)[0, t].square().sum(), embedded)
+        reached = grad[0].abs().sum(-1).nonzero().flatten().tolist()
+        assert reached == ([m for m in (2, 5, 9) if m <= t] if t in (2, 5, 9) else [t])
+
+
+def count(**kwargs):
+    with torch.device('meta'):
+        return sum(p.numel() for p in GPT(GPTConfig(**kwargs)).parameters())
+
+
+def test_parameter_counts():
+    assert round(count() / 1e6, 1) == 151.9                                       # the paper's 152M
+    assert count(meta_attn=False, pos='ape', bias=True, vocab_size=50257) == 124_439_808  # GPT-2 small
+    assert count() - count(meta_attn=False) == 12 * (4 * 768 ** 2 + 768)          # the sublayer and its norm
+
+
+def test_plain_model_is_gpt2():
+    """GPT-2's formula written out, on the weights of GPTConfig(meta_attn=False, pos='ape') under nanoGPT's names."""
+    model = tiny(meta_attn=False, pos='ape', bias=True)
+    w, idx, H = model.state_dict(), tokens(3, 20, [(4,), (), (1, 2)]), 2
+    assert set(w) == {'lm_head.weight', 'transformer.wte.weight', 'transformer.wpe.weight', 'transformer.ln_f.weight', 'transformer.ln_f.bias'} | {
+        f'transformer.h.{i}.{name}.{kind}' for i in range(2) for kind in ('weight', 'bias')
+        for name in ('ln_1', 'attn.c_attn', 'attn.c_proj', 'ln_2', 'mlp.c_fc', 'mlp.c_proj')}
+
+    def norm(x, name):
+        return (x - x.mean(-1, True)) / (x.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt() * w[name + '.weight'] + w[name + '.bias']
+
+    def linear(x, name):
+        return x @ w[name + '.weight'].T + w[name + '.bias']
+
+    x = w['transformer.wte.weight'][idx] + w['transformer.wpe.weight'][:20]
+    for h in 'transformer.h.0.', 'transformer.h.1.':
+        q, k, v = (t.view(3, 20, H, 8).transpose(1, 2) for t in linear(norm(x, h + 'ln_1'), h + 'attn.c_attn').split(16, dim=2))
+        scores = (q @ k.mT / math.sqrt(8)).masked_fill(torch.ones(20, 20).triu(1).bool(), -math.inf)
+        x = x + linear((scores.softmax(-1) @ v).transpose(1, 2).reshape(3, 20, 16), h + 'attn.c_proj')
+        y = linear(norm(x, h + 'ln_2'), h + 'mlp.c_fc')
+        x = x + linear(0.5 * y * (1 + torch.erf(y / math.sqrt(2))), h + 'mlp.c_proj')
+    logits = norm(x, 'transformer.ln_f') @ w['lm_head.weight'].T
+    torch.testing.assert_close(model.lm_head(model.hidden(idx)), logits, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(model(idx)[0], logits[:, [-1]], rtol=1e-9, atol=1e-9)
+
+
+def test_loss_is_the_mean_over_targets():
+    model, idx = tiny(), tokens(3, 32, [(1, 8), (30, 31), (0, 5)])
+    targets = torch.randint(0, 256, (3, 32))
+    targets[0, :7] = targets[2, ::3] = -1
+    logits = model.lm_head(model.hidden(idx))
+    picked = -logits.log_softmax(-1).gather(2, targets.clamp(min=0)[..., None])[..., 0][targets >= 0]
+    torch.testing.assert_close(model(idx, targets)[1], picked.mean(), rtol=1e-9, atol=1e-9)
+
+
+def test_rope_is_relative():
+    """Shifting all positions changes nothing; stretching them does."""
+    model, idx = tiny(), tokens(2, 16, [(2, 5, 9), (0, 15)])
+    reference, rope_at = model.hidden(idx), model.rope_at
+    model.rope_at = lambda positions: rope_at(positions + 100)
+    torch.testing.assert_close(model.hidden(idx), reference, rtol=1e-4, atol=1e-4)  # angles are float32
+    model.rope_at = lambda positions: rope_at(positions * 2)
+    assert (model.hidden(idx) - reference).abs().max() > 0.01
+
+
+def test_yarn_golden_numbers():
+    """Computed once with the released YaRN code; head size 64, base 10000, original length 1024."""
+    inv_freq, mscale = rope_frequencies(GPTConfig(yarn_scale=4.0, yarn_orig_block_size=1024))
+    golden = {0: 1.0, 6: 0.16756864, 8: 0.082692308, 16: 0.0036538462, 31: 3.3338036e-05}
+    for i, value in golden.items():
+        assert inv_freq[i].item() == pytest.approx(value, rel=1e-6)
+    assert inv_freq.dtype == torch.float32 and inv_freq.shape == (32,) and mscale == pytest.approx(1.138629, abs=1e-6)
+    plain, one = rope_frequencies(GPTConfig(yarn_scale=1.0))
+    assert one == 1.0
+    torch.testing.assert_close(plain, 10000.0 ** (-torch.arange(32) / 32))
+    assert torch.equal(inv_freq[:6], plain[:6])                                # fast pairs stay
+    torch.testing.assert_close(inv_freq[18:], plain[18:] / 4)                  # slow pairs are interpolated
+
+
+def test_yarn_changes_the_model():
+    plain, yarn = tiny(), tiny(yarn_scale=4.0, yarn_orig_block_size=32)
+    yarn.load_state_dict(plain.state_dict())
+    idx = tokens(1, 32, [(2, 5)])
+    assert (plain.hidden(idx) - yarn.hidden(idx)).abs().max() > 0.01
+    assert plain.hidden(tokens(1, 100, [(2, 5)])).isfinite().all()             # RoPE goes on past block_size
+
+
+@pytest.mark.parametrize('pos', ['rope', 'ape'])
+def test_zero_position(pos):
+    """What the model computes then does not depend on where the meta-tokens' positions lie, only on their order."""
+    model, idx = tiny(pos=pos, n_layer=1), tokens(1, 16, [(2, 5, 9)])
+    base = model.hidden(idx, zero_meta='position')
+    assert (base - model.hidden(idx))[0, 2:].abs().max() > 1e-3
+    text = [t for t in range(16) if t not in (2, 5, 9)]
+    torch.testing.assert_close(base[0, :2], model.hidden(idx)[0, :2])          # nothing before the first meta-token changes
+    if pos == 'ape':
+        model.transformer.wpe.weight.data[[2, 5, 9]] += 1.0
+    else:
+        rope_at = model.rope_at
+        model.rope_at = lambda p: rope_at(p.clone().masked_fill_((p == 2) | (p == 5) | (p == 9), 77))
+    torch.testing.assert_close(model.hidden(idx, zero_meta='position')[0, text], base[0, text])
+
+
+def test_zero_embedding():
+    model, idx = tiny(), tokens(1, 16, [(2, 5, 9)])
+    base = model.hidden(idx, zero_meta='embedding')
+    assert (base - model.hidden(idx))[0, 2:].abs().max() > 1e-3
+    model.transformer.wte.weight.data[META] += 1.0
+    torch.testing.assert_close(model.hidden(idx, zero_meta='embedding'), base, rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match='zero_meta'):
+        model.hidden(idx, zero_meta='positions')
+
+
+def test_learned_positions_end():
+    with pytest.raises(ValueError, match='block_size=32'):
+        tiny(pos='ape').hidden(tokens(1, 33, [()]))
+
+
+@pytest.mark.parametrize('bad', [dict(n_head=3), dict(pos='alibi'), dict(n_head=16), dict(yarn_scale=0.5), dict(pos='ape', yarn_scale=2.0)])
+def test_bad_config(bad):
+    with pytest.raises(ValueError):
+        GPTConfig(**{**dict(n_embd=16, n_head=2), **bad})
+
+
+def test_dropout_only_in_training():
+    model, idx = tiny(dropout=0.5), tokens(2, 16, [(2, 5), (3, 4)])
+    assert torch.equal(model.hidden(idx), model.hidden(idx))
+    model.train()
+    assert not torch.equal(model.hidden(idx), model.hidden(idx))
+
+
+def test_one_batch_is_learned_by_heart():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=32, vocab_size=320, n_layer=2, n_head=2, n_embd=32, meta_id=META))
+    idx = tokens(4, 33, [(2, 9, 20)] * 4)
+    targets = idx[:, 1:].masked_fill(idx[:, 1:] == META, -1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    for _ in range(150):
+        loss = model(idx[:, :-1], targets, n_meta=3)[1]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.05
+
+
+@pytest.mark.parametrize('kwargs', [dict(), dict(meta_attn=False)], ids=['meta', 'plain'])
+def test_flops_are_what_torch_counts(kwargs):
+    """torch counts the matrix products of the forward pass, meta-attention's as they run; backward is twice forward."""
+    model = tiny(**kwargs).float()
+    idx = tokens(2, 32, [(1, 5, 8), (3, 4, 6)])
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # it does not see into the CPU's kernel
+        model.lm_head(model.hidden(idx))
+    assert counter.get_total_flops() == pytest.approx(model.flops_per_token(32, 3) * 2 * 32 / 3, rel=1e-6)
+
+
+def test_generate():
+    model, start = tiny(), tokens(2, 4, [(1,), ()])
+    model.lm_head.weight.data[META:] += 5.0  # the model longs to say what it must not
+    seed = lambda: torch.Generator().manual_seed(3)
+    out = model.generate(start, 9, meta_every=4, generator=seed())
+    assert out.shape == (2, 4 + 9 + 2) and torch.equal(out[:, :4], start)
+    assert (out[:, [8, 13]] == META).all() and (out[:, [4, 5, 6, 7, 9, 10, 11, 12, 14]] < META).all()
+    assert torch.equal(out, model.generate(start, 9, meta_every=4, generator=seed()))
+    greedy = model.generate(start, 3, top_k=1)
+    logits = model.lm_head(model.hidden(greedy[:, :-1]))[:, 3:, :META]
+    assert torch.equal(greedy[:, 4:], logits.argmax(-1))
+    with pytest.raises(ValueError, match='block_size'):
+        tiny(pos='ape').generate(start, 40)
