@@ -39,12 +39,15 @@ class UserError(ValueError):
 
 
 def run(main):
-    """Call a script's `main`; turn a UserError into one line on stderr and exit code 2."""
+    """Call a script's `main`; turn a UserError, or a file that cannot be read or written, into one line on stderr and exit code 2."""
     try:
         main()
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f'{Path(sys.argv[0]).name}: {error}', file=sys.stderr)
         raise SystemExit(2)
+    except KeyboardInterrupt:
+        print(f'{Path(sys.argv[0]).name}: interrupted', file=sys.stderr)
+        raise SystemExit(130)
 
 
 def true_or_false(text):
@@ -150,32 +153,44 @@ def local_files(source):
     return found
 
 
-def text_of(row, column):
+def text_of(row, column, where):
+    if not isinstance(row, dict) or column not in row:
+        raise UserError(f'{where}: no column {column!r}; name the one that holds the text with --text_column=')
     if not isinstance(row[column], str):
-        raise TypeError(f'{column!r} holds {row[column]!r}, not text')
+        raise UserError(f'{where}: {column!r} holds {row[column]!r}, not text')
     return row[column]
 
 
+def read_rows(where, rows, column):
+    """The documents of a split of a hub dataset or of a parquet file, streamed."""
+    n = 0
+    try:
+        for n, row in enumerate(rows, start=1):
+            yield text_of(row, column, f'{where}, row {n}'), True, 0
+    except UserError:
+        raise
+    except Exception as error:  # hub, network and decoding errors have no common class
+        raise UserError(f'{where}: cannot be read after row {n} ({type(error).__name__}: {error}); run the same command again')
+
+
 def read_file(path, column):
-    """The documents of one file. Raises UserError, with the line, on what cannot be read."""
+    """The documents of one local file. Raises UserError, with the line, on what cannot be read."""
     where = path
     try:
         with open(path, 'rb') as raw:
             if path.suffix == '.parquet':
                 import datasets
-                for n, row in enumerate(datasets.load_dataset('parquet', data_files=str(path), split='train', streaming=True)):
-                    where = f'{path}, row {n + 1}'
-                    yield text_of(row, column), True, 0
+                yield from read_rows(path, datasets.load_dataset('parquet', data_files=str(path), split='train', streaming=True), column)
             elif path.suffix in ('.jsonl', '.gz'):
-                for n, line in enumerate(gzip.open(raw) if path.suffix == '.gz' else raw):
-                    where = f'{path}, line {n + 1}'
+                for n, line in enumerate(gzip.open(raw) if path.suffix == '.gz' else raw, start=1):
+                    where = f'{path}, line {n}'
                     if line.strip():
-                        yield text_of(json.loads(line), column), True, raw.tell()
+                        yield text_of(json.loads(line), column, where), True, raw.tell()
             else:
                 yield from cut_text(io.TextIOWrapper(raw, encoding='utf-8', errors='replace' if path.suffix == '.py' else 'strict'), raw)
-    except KeyError as error:
-        raise UserError(f'{where}: no column {error}; name the one that holds the text with --text_column=')
-    except (ValueError, TypeError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+    except (ValueError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f'{where}: not readable as {path.suffix[1:]} of UTF-8 text ({error}); repair it or leave it out')
 
 
@@ -191,40 +206,24 @@ def cut_text(f, raw):
     yield ''.join(piece), True, raw.tell()
 
 
-def read_hub(source, rows, column):
-    """The documents of one split of a hub dataset, streamed."""
-    try:
-        for row in rows:
-            yield text_of(row, column), True, 0
-    except KeyError as error:
-        raise UserError(f'{source}: no column {error}; name the one that holds the text with --text_column=')
-    except Exception as error:  # hub, network and decoding errors have no common class
-        raise UserError(f'{source}: the stream broke off ({type(error).__name__}: {error}); run the same command again')
-
-
 def open_source(cfg):
     """
-    Returns ([(split, documents, bytes)], total bytes or None where unknown). split is 'train', 'val', or None where the source has no
-    validation part of its own and every 20th document is to be held out.
+    Returns ([(split, documents, bytes)], total bytes, 0 where unknown). split is 'train', 'val', or None where the source has no
+    validation part of its own, so that every 20th document has to be held out.
     """
-    local = cfg.source == 'stdlib' or Path(cfg.source).exists() or glob.has_magic(cfg.source) or cfg.source.count('/') != 1
-    if local:
-        files = local_files(cfg.source)
-        parts = [(path.name, read_file(path, cfg.text_column), path.stat().st_size) for path in files]
+    if cfg.source == 'stdlib' or Path(cfg.source).exists() or glob.has_magic(cfg.source) or cfg.source.count('/') != 1:
+        parts = [(path.name, read_file(path, cfg.text_column), path.stat().st_size) for path in local_files(cfg.source)]
     else:
         import datasets
         try:
             splits = datasets.load_dataset(cfg.source, cfg.subset or ('en' if cfg.source == 'allenai/c4' else None), streaming=True)
-        except Exception as error:
+        except Exception as error:  # as above
             raise UserError(f'{cfg.source}: neither a local path nor to be had from the Hugging Face hub ({type(error).__name__}): '
                             'check the name and the network, or give local files with --source=')
-        parts = [(name, read_hub(cfg.source, rows, cfg.text_column), 0) for name, rows in splits.items() if 'test' not in name]
+        parts = [(name, read_rows(f'{cfg.source} {name}', rows, cfg.text_column), 0) for name, rows in splits.items() if name != 'test']
     is_val = [re.search(r'(^|[^a-z])val(id|idation)?([^a-z]|$)', name.lower()) is not None for name, *_ in parts]
-    if any(is_val) and not all(is_val):
-        splits = ['val' if v else 'train' for v in is_val]
-    else:
-        splits = [None] * len(parts)
-    return [(split, docs, size) for split, (_, docs, size) in zip(splits, parts)], sum(size for *_, size in parts) or None
+    own = len(set(is_val)) == 2
+    return [(('train', 'val')[val] if own else None, docs, size) for val, (_, docs, size) in zip(is_val, parts)], sum(size for *_, size in parts)
 
 # ------------------------------------------------------------------------------
 # Text -> data/NAME/{train,val}.bin
@@ -249,19 +248,18 @@ def encode_batch(tok, batch):
 
 def encode_all(tok, batches):
     """
-    Encodes on all cores, in order, never more than two batches a core ahead. Threads, not processes: the BPE runs outside the GIL,
-    and nothing has to be pickled.
+    (batch, position) -> (batch, position, what encode_batch makes of it), on all cores, in order, two batches a core ahead at most.
+    Threads, not processes: the BPE runs outside the GIL, and nothing has to be pickled.
     """
-    cores = os.cpu_count()
+    cores, waiting = os.cpu_count(), deque()
     with ThreadPoolExecutor(cores) as pool:
-        waiting = deque()
-        for batch, n_docs, position in batches:
-            waiting.append((pool.submit(encode_batch, tok, batch), n_docs, position))
+        for batch, position in batches:
+            waiting.append((batch, position, pool.submit(encode_batch, tok, batch)))
             if len(waiting) > 2 * cores:
-                future, *rest = waiting.popleft()
-                yield future.result(), *rest
-        for future, *rest in waiting:
-            yield future.result(), *rest
+                *known, future = waiting.popleft()
+                yield *known, future.result()
+        for *known, future in waiting:
+            yield *known, future.result()
 
 
 def sha256(path):
@@ -290,42 +288,42 @@ def prepare(cfg):
     partial.mkdir(parents=True)
 
     count = {'train': 0, 'val': 0}
-    limit = {'train': cfg.max_tokens or float('inf'), 'val': cfg.max_tokens // 10 or float('inf')}
+    limit = {'train': cfg.max_tokens or sys.maxsize, 'val': cfg.max_tokens // 10 or sys.maxsize}
 
     def batches():
-        """([(split, text, last)], documents, bytes read so far), each of about 256k characters."""
-        batch, n_docs, size, before = [], 0, 0, 0
+        """([(split, text, whether a document ends there)], bytes read so far), each of about 256k characters."""
+        batch, size, before = [], 0, 0
         for split, docs, n_bytes in sources:
             place, begins = split, True
-            for text, last, position in docs:
-                if split is None and begins:  # every 20th document is held out, by its text: the same in every run
-                    place = 'val' if zlib.crc32(text[:PIECE].encode('utf-8', 'replace')) % 20 == 0 else 'train'
+            for text, ends, position in docs:
                 if count[split or 'train'] >= limit[split or 'train']:
                     break
-                begins = last
-                batch.append((place, text, last))
-                n_docs, size = n_docs + last, size + len(text)
+                if split is None and begins:  # held out by its text: the same documents in every run
+                    place = 'val' if zlib.crc32(text.encode('utf-8', 'replace')) % 20 == 0 else 'train'
+                begins = ends
+                batch.append((place, text, ends))
+                size += len(text)
                 if size >= 1 << 18:
-                    yield batch, n_docs, before + position
-                    batch, n_docs, size = [], 0, 0
+                    yield batch, before + position
+                    batch, size = [], 0
             before += n_bytes
         if batch:
-            yield batch, n_docs, before
+            yield batch, before
 
     try:
         with open(partial / 'train.bin', 'wb') as train, open(partial / 'val.bin', 'wb') as val, \
              tqdm(total=cfg.max_tokens or None, unit=' tokens', unit_scale=True, smoothing=0.05) as bar:
-            files, n_documents = {'train': train, 'val': val}, 0
-            for encoded, n_docs, position in encode_all(tok, batches()):
+            n_documents = 0
+            for batch, position, encoded in encode_all(tok, batches()):
                 for split, ids in encoded.items():
-                    ids = ids[:int(min(len(ids), limit[split] - count[split]))]
-                    files[split].write(ids.tobytes())
+                    ids = ids[:limit[split] - count[split]]
+                    (train if split == 'train' else val).write(ids.tobytes())
                     count[split] += len(ids)
-                n_documents += n_docs
-                if total_bytes and position and not cfg.max_tokens:  # the total in tokens, by what the bytes so far came to
-                    bar.total = int((bar.n + sum(map(len, encoded.values()))) * total_bytes / position)
+                n_documents += sum(ends for *_, ends in batch)
+                if total_bytes and position and not cfg.max_tokens:  # so many tokens if the rest is like the part that was read
+                    bar.total = int(sum(count.values()) * total_bytes / position)
                 bar.set_postfix_str(f'{n_documents:,} documents', refresh=False)
-                bar.update(sum(map(len, encoded.values())))
+                bar.update(sum(count.values()) - bar.n)
         if count['train'] and not count['val']:  # too few documents to hold one out: the last tenth of the text instead
             count['val'] = max(1, count['train'] // 10)
             count['train'] -= count['val']

@@ -82,9 +82,9 @@ MODEL_KEYS = ('block_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias', 'p
 # ------------------------------------------------------------------------------
 # The machine: one process, or one of many under torchrun
 
-PEAK_FLOPS = {  # dense 16-bit, from the makers' data sheets; the first name that the device's own contains counts
-    'H100 PCIe': 756e12, 'H100 NVL': 835e12, 'H100': 989e12, 'H200': 989e12, 'A100': 312e12, 'L40S': 362e12, 'L4': 121e12,
-    'A10G': 70e12, 'RTX 4090': 165e12, 'RTX 3090': 71e12, 'V100': 125e12, 'T4': 65e12,
+PEAK_FLOPS = {  # dense 16-bit, from NVIDIA's data sheets; a card counts if its name has all these words (an L40 is no L4)
+    'H200': 989e12, 'H100 PCIe': 756e12, 'H100 NVL': 835e12, 'H100 HBM3': 989e12, 'A100': 312e12, 'L40S': 362e12, 'L4': 121e12,
+    'V100 SXM2': 125e12, 'T4': 65e12,
 }
 
 
@@ -113,7 +113,8 @@ class Machine:
         self.dtype = fast if cfg.dtype == 'auto' else cfg.dtype
         self.autocast = nullcontext() if self.dtype == 'float32' else torch.autocast(self.type, getattr(torch, self.dtype))
         gpu = torch.cuda.get_device_name() if self.type == 'cuda' else ''
-        self.peak_flops = next((f for name, f in PEAK_FLOPS.items() if name in gpu and self.dtype != 'float32'), None)
+        words = set(gpu.replace('-', ' ').split())
+        self.peak_flops = next((f for name, f in PEAK_FLOPS.items() if set(name.split()) <= words and self.dtype != 'float32'), None)
         self.name = gpu or f'{self.device}' + (f' ({torch.get_num_threads()} threads)' if self.type == 'cpu' else '')
 
     def say(self, *words):
@@ -184,20 +185,19 @@ def save_checkpoint(path, checkpoint):
 
 def open_run(cfg, given):
     """
-    Settles the run's settings: returns (cfg, checkpoint or None, out_dir).
+    Settles the run's settings: returns (cfg, checkpoint or None, out_dir). A checkpoint brings its settings along, and the command line
+    overrides them; only where to write, and on what machine, a new run from a checkpoint does not inherit.
 
-    A checkpoint brings its settings along, and the command line overrides them; a new run that starts from one keeps its own out_dir. Raises
-    UserError where a fresh run would write into a folder that holds one.
+    Raises UserError where a fresh run would write into a folder that holds one.
     """
-    checkpoint, out_dir = None, Path(cfg.out_dir or f'out/{cfg.preset}')
+    checkpoint, out_dir, resume = None, Path(cfg.out_dir or f'out/{cfg.preset}'), cfg.init_from == 'resume'
     if cfg.init_from != 'scratch':
-        resume = cfg.init_from == 'resume'
         checkpoint = load_checkpoint(out_dir / 'ckpt.pt' if resume else cfg.init_from)
-        known = {f.name for f in fields(cfg)} - (set() if resume else {'out_dir', 'preset', 'overwrite', 'eval_only', 'dtype', 'device', 'compile'})
-        cfg = replace(cfg, **{**{k: v for k, v in checkpoint['config'].items() if k in known}, **given})
-        if resume:
-            return cfg, checkpoint, out_dir
-    if (out_dir / 'ckpt.pt').exists() and not (cfg.overwrite or cfg.eval_only):
+        own = set() if resume else {'out_dir', 'preset', 'overwrite', 'eval_only', 'dtype', 'device', 'compile'}
+        if resume and given.get('optimizer', checkpoint['config']['optimizer']) != checkpoint['config']['optimizer']:
+            raise UserError(f"--optimizer={cfg.optimizer}: the run goes on with the {checkpoint['config']['optimizer']} that it has the state of")
+        cfg = replace(cfg, **{f.name: checkpoint['config'][f.name] for f in fields(cfg) if f.name in checkpoint['config'] and f.name not in own} | given)
+    if (out_dir / 'ckpt.pt').exists() and not (resume or cfg.overwrite or cfg.eval_only):
         raise UserError(f'{out_dir} holds a run: go on with it (--init_from=resume --out_dir={out_dir}), write elsewhere (--out_dir=out/NAME), '
                         'or replace it (--overwrite=True)')
     return cfg, checkpoint, out_dir
@@ -263,26 +263,22 @@ def make_optimizers(model, cfg, machine):
 # ------------------------------------------------------------------------------
 # The loop
 
-class StopFlag:
-    """True once SIGINT or SIGTERM has come; a second one ends the process at once."""
-
-    def __init__(self):
-        self.signal = 0
-        for number in signal.SIGINT, signal.SIGTERM:
-            signal.signal(number, self.set)
-
-    def set(self, number, frame):
-        self.signal = number
-        signal.signal(number, signal.SIG_DFL)
-
-
 def fit(cfg, machine, model, checkpoint, out_dir, get_batch, evaluate, n_meta):
     """
-    Trains `model` and keeps the run's folder; returns the number of steps done.
+    Trains `model` to max_iters and keeps the run's folder.
 
     get_batch(i) -> idx, targets, int64 arrays: micro-batch i of the run, the same whoever asks. evaluate(model) -> dict(val_loss=..., val_bpb=...).
-    checkpoint: to resume from, or None. n_meta: the most meta-tokens a row can hold. Raises UserError after ten non-finite steps in a row.
+    checkpoint: to resume from, or None. n_meta: the most meta-tokens a row can hold. SIGINT and SIGTERM finish the step, save, and exit; a
+    second one ends the process at once. Raises UserError after ten non-finite steps in a row.
     """
+    stop = []
+
+    def on_signal(number, frame):
+        stop.append(number)
+        signal.signal(number, signal.SIG_DFL)
+    for number in signal.SIGINT, signal.SIGTERM:
+        signal.signal(number, on_signal)
+
     optimizers = make_optimizers(model, cfg, machine)
     scaler = torch.amp.GradScaler(machine.type, enabled=machine.dtype == 'float16')
     it, best_val_loss = 0, float('inf')
@@ -331,7 +327,7 @@ def fit(cfg, machine, model, checkpoint, out_dir, get_batch, evaluate, n_meta):
 
     if not checkpoint:
         write(validate())
-    stop, skipped, saved = StopFlag(), 0, True
+    skipped, saved = 0, True
     start_it, start_time = clock_it, clock = it, time.time()
     batch = machine.to_device(*get_batch(it * per_step + machine.rank * per_rank))
     while it < cfg.max_iters:
@@ -351,7 +347,7 @@ def fit(cfg, machine, model, checkpoint, out_dir, get_batch, evaluate, n_meta):
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or float('inf')).item()
-        train_loss, stopping = machine.sum(loss_sum.item() / machine.world, stop.signal)  # so that all ranks decide alike
+        train_loss, stopping = machine.sum(loss_sum.item() / machine.world, len(stop))  # so that all ranks decide alike
         finite = math.isfinite(train_loss) and math.isfinite(grad_norm)
         lr = learning_rate(it, cfg)
         for optimizer in optimizers:
@@ -392,7 +388,7 @@ def fit(cfg, machine, model, checkpoint, out_dir, get_batch, evaluate, n_meta):
             save('best.pt')
         if stopping:
             machine.say(f'stopped after iter {it}' + (f', and saved; go on with --init_from=resume --out_dir={out_dir}' if saved else ''))
-            raise SystemExit(128 + int(stop.signal or signal.SIGTERM))
+            raise SystemExit(128 + (stop or [signal.SIGTERM])[0])
     if not saved:
         raise UserError(f'the run is over, but {out_dir}/ckpt.pt could not be saved: make room, then --init_from=resume --out_dir={out_dir}')
 
@@ -462,7 +458,8 @@ def sample_text(model, tok, cfg, machine, n_tokens=300):
         ids = model.generate(start, min(n_tokens, cfg.block_size - M - 2), temperature=0.8, top_k=200,
                              meta_every=max(round(1 / cfg.meta_rate) - 1, 1) if M else None,
                              generator=torch.Generator(machine.device).manual_seed(cfg.seed))
-    return tok.decode([i for i in ids[0, 1:].tolist() if i != meta_token(tok)])
+    text = tok.decode([i for i in ids[0, 1:].tolist() if i != meta_token(tok)])
+    return ''.join(c if c.isprintable() or c in '\n\t' else '\ufffd' for c in text)  # an untrained model says control codes to your terminal
 
 
 def check(cfg, machine):

@@ -173,6 +173,8 @@ def test_yarn_changes_the_model():
     yarn.load_state_dict(plain.state_dict())
     idx = tokens(1, 32, [(2, 5)])
     assert (plain.hidden(idx) - yarn.hidden(idx)).abs().max() > 0.01
+    cos, sin = yarn.rope_at(torch.arange(100))
+    torch.testing.assert_close(cos ** 2 + sin ** 2, torch.full((100, 4), yarn.mscale ** 2))  # on queries and keys alike
     assert plain.hidden(tokens(1, 100, [(2, 5)])).isfinite().all()             # RoPE goes on past block_size
 
 

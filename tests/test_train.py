@@ -245,6 +245,9 @@ def test_checkpoint_and_command_line_must_fit(cli, refused, tmp_path):
     assert 'n_layer=3' in refused(*new, '--n_layer=3')
     assert 'learned positions' in refused('train.py', '--init_from=out/ape/ckpt.pt', '--out_dir=out/b', '--block_size=64')
     assert 'new run' in refused('train.py', '--init_from=resume', '--out_dir=out/a', '--block_size=64')
+    assert 'adamw' in refused('train.py', '--init_from=resume', '--out_dir=out/a', '--optimizer=muon')
+    (tmp_path / 'a_file').touch()
+    assert 'a_file' in refused('train.py', *SMALL, '--out_dir=a_file/x')
     about = json.dumps({'tokenizer': 'gpt2'})
     (tmp_path / 'data/toy/data.json').write_text(about)
     assert 'vocabulary' in refused(*new)
@@ -282,6 +285,13 @@ def test_weight_decay_on_matrices_only():
     model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, vocab_size=320, meta_id=257))
     decayed = {id(p): g['weight_decay'] > 0 for o in make_optimizers(model, cfg, Machine(cfg)) for g in o.param_groups for p in g['params']}
     assert {name: decayed[id(p)] for name, p in model.named_parameters()} == {name: p.dim() == 2 for name, p in model.named_parameters()}
+
+
+def test_muon(cli, tmp_path):
+    cli('train.py', *SMALL, '--max_iters=12', '--optimizer=muon', '--out_dir=out/straight')
+    cli('train.py', *SMALL, '--max_iters=8', '--optimizer=muon', '--out_dir=out/parts')
+    cli('train.py', '--init_from=resume', '--out_dir=out/parts', '--max_iters=12')
+    assert_equal(state(tmp_path / 'out/parts'), state(tmp_path / 'out/straight'))
 
 
 def test_compile_falls_back(cli, tmp_path):
