@@ -43,7 +43,8 @@ def run(main):
     try:
         main()
     except (UserError, OSError) as error:
-        print(f'{Path(sys.argv[0]).name}: {error}', file=sys.stderr)
+        if os.environ.get('RANK', '0') == '0':  # under torchrun all processes fail alike, and one says so
+            print(f'{Path(sys.argv[0]).name}: {error}', file=sys.stderr)
         raise SystemExit(2)
     except KeyboardInterrupt:
         print(f'{Path(sys.argv[0]).name}: interrupted', file=sys.stderr)
@@ -132,6 +133,7 @@ def token_bytes(tok):
 # Where text comes from: iterators of (piece of text, whether a document ends with it, bytes of the file read so far)
 
 PIECE = 1 << 20  # characters; longer text files are cut, so that memory does not grow with them
+HELD_OUT = 20    # one document in so many, where the source has no validation part of its own
 KINDS = ('.txt', '.jsonl', '.json.gz', '.jsonl.gz', '.parquet')
 
 
@@ -209,7 +211,7 @@ def cut_text(f, raw):
 def open_source(cfg):
     """
     Returns ([(split, documents, bytes)], total bytes, 0 where unknown). split is 'train', 'val', or None where the source has no
-    validation part of its own, so that every 20th document has to be held out.
+    validation part of its own, so that one in HELD_OUT documents has to be held out.
     """
     if cfg.source == 'stdlib' or Path(cfg.source).exists() or glob.has_magic(cfg.source) or cfg.source.count('/') != 1:
         parts = [(path.name, read_file(path, cfg.text_column), path.stat().st_size) for path in local_files(cfg.source)]
@@ -299,7 +301,7 @@ def prepare(cfg):
                 if count[split or 'train'] >= limit[split or 'train']:
                     break
                 if split is None and begins:  # held out by its text: the same documents in every run
-                    place = 'val' if zlib.crc32(text.encode('utf-8', 'replace')) % 20 == 0 else 'train'
+                    place = 'val' if zlib.crc32(text.encode('utf-8', 'replace')) % HELD_OUT == 0 else 'train'
                 begins = ends
                 batch.append((place, text, ends))
                 size += len(text)

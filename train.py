@@ -35,19 +35,19 @@ class TrainConfig:
     overwrite: bool = False      # allow a fresh run in a folder that holds one
     seed: int = 1337             # decides the initial weights and everything random after
     # how long
-    max_iters: int = 1000        # optimizer steps
-    eval_interval: int = 250     # validate and save every so many steps
-    eval_iters: int = 40         # validate on so many batches, always the same; all of it where that is fewer
+    max_iters: int = 1400        # optimizer steps
+    eval_interval: int = 350     # validate and save every so many steps
+    eval_iters: int = 150        # validate on so many batches, always the same; all of it where that is fewer
     eval_only: bool = False      # validate once and stop, writing nothing
-    log_interval: int = 10       # a progress line every so many steps
+    log_interval: int = 20       # a progress line every so many steps
     # what a step sees
-    batch_size: int = 16         # rows of a micro-batch, on one device
+    batch_size: int = 2          # rows of a micro-batch, on one device
     gradient_accumulation_steps: int = 2  # micro-batches in a step, over all devices
     block_size: int = 256        # T, positions in a row, meta-tokens included
     meta_rate: float = 0.1       # k, the share of meta-tokens among them (paper: 0.1); 0 is plain GPT-2 data
     meta_placement: Literal['random', 'periodic'] = 'random'  # where they stand: drawn anew for each row, or evenly spaced
     # the model
-    n_layer: int = 4             # blocks
+    n_layer: int = 3             # blocks
     n_head: int = 4              # heads in each attention
     n_embd: int = 128            # channels
     dropout: float = 0.0         # in training only
@@ -57,7 +57,7 @@ class TrainConfig:
     yarn_scale: float = 1.0      # with init_from a RoPE checkpoint: stretch its context so many times
     # the optimizer
     optimizer: Literal['adamw', 'muon'] = 'adamw'  # muon: for the matrices of the blocks, adamw for the rest
-    learning_rate: float = 2e-3  # at its peak
+    learning_rate: float = 3e-3  # at its peak
     min_lr: float = 2e-4         # at the end
     decay_lr: bool = True        # cosine from peak to end; False stays at the peak
     warmup_iters: int = 50       # steps of linear rise to the peak
@@ -74,7 +74,7 @@ class TrainConfig:
 
 PRESETS = {
     'tiny': {},  # the defaults above
-    'paper': dict(dataset='c4', max_iters=600_000, eval_interval=1000, eval_iters=200, batch_size=12, gradient_accumulation_steps=40,
+    'paper': dict(dataset='c4', max_iters=200_000, lr_decay_iters=600_000, eval_interval=1000, eval_iters=200, batch_size=12, gradient_accumulation_steps=40,
                   block_size=1024, n_layer=12, n_head=12, n_embd=768, learning_rate=6e-4, min_lr=6e-5, warmup_iters=2000),
 }
 MODEL_KEYS = ('block_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias', 'pos', 'meta_attn', 'yarn_scale')
@@ -205,10 +205,10 @@ def open_run(cfg, given):
 
 def read_log(out_dir):
     with open(out_dir / 'log.csv', newline='') as f:
-        return list(csv.DictReader(f))
+        return [row for row in csv.DictReader(f) if row['mfu'] is not None]  # less a last line that was cut off
 
 
-def start_log(out_dir, rows=()):
+def start_log(out_dir, rows):
     """A log.csv with these rows: none for a fresh run, those up to its checkpoint for a resumed one."""
     with open(out_dir / 'log.csv.tmp', 'w', newline='') as f:
         writer = csv.DictWriter(f, COLUMNS)
@@ -290,12 +290,11 @@ def fit(cfg, machine, model, checkpoint, out_dir, get_batch, evaluate, n_meta):
     if machine.rank == 0:
         out_dir.mkdir(parents=True, exist_ok=True)
         (out_dir / 'config.json').write_text(json.dumps(asdict(cfg), indent=2) + '\n')
-        start_log(out_dir, [row for row in read_log(out_dir) if int(row['iter']) <= it] if checkpoint else ())
+        start_log(out_dir, [row for row in read_log(out_dir) if int(row['iter']) <= it] if checkpoint else [])
 
-    compiled = machine.compiled(model, cfg)
-    ddp = compiled
+    compiled = ddp = machine.compiled(model, cfg)
     if machine.world > 1:
-        ddp = DistributedDataParallel(compiled, device_ids=[machine.device] if machine.type == 'cuda' else None)
+        ddp = DistributedDataParallel(compiled, device_ids=[machine.device] if machine.type == 'cuda' else None, broadcast_buffers=False)
     per_step = cfg.gradient_accumulation_steps
     per_rank = per_step // machine.world  # micro-batches; rank r takes the r-th share of each step's
     tokens_per_step = per_step * cfg.batch_size * cfg.block_size
@@ -449,37 +448,34 @@ def validation_loss(model, blocks, cfg, machine, bytes_per_token, n_meta):
     return dict(val_loss=nats / targets, val_bpb=nats / targets / math.log(2) / bytes_per_token)
 
 
-def sample_text(model, tok, cfg, machine, n_tokens=300):
-    """A new document by the model, up to its block size, meta-tokens placed as often as in training and left out of the text."""
-    M = meta_count(cfg.block_size, cfg.meta_rate)
-    start = torch.tensor([[tok.eot_token]], device=machine.device)
+def sample_text(model, tok, cfg, machine, n_samples=3, n_tokens=300):
+    """New documents by the model, up to its block size, with meta-tokens as often as in training, and left out of the text."""
+    M, meta = meta_count(cfg.block_size, cfg.meta_rate), meta_token(tok)
+    start = torch.full((n_samples, 1), tok.eot_token, device=machine.device)
     model.eval()
     with machine.autocast:
-        ids = model.generate(start, min(n_tokens, cfg.block_size - M - 2), temperature=0.8, top_k=200,
+        ids = model.generate(start, max(min(n_tokens, cfg.block_size - M - 2), 1), temperature=0.8, top_k=200,
                              meta_every=max(round(1 / cfg.meta_rate) - 1, 1) if M else None,
                              generator=torch.Generator(machine.device).manual_seed(cfg.seed))
-    text = tok.decode([i for i in ids[0, 1:].tolist() if i != meta_token(tok)])
+    text = '\n---\n'.join(tok.decode([i for i in row if i != meta]) for row in ids[:, 1:].tolist())
     return ''.join(c if c.isprintable() or c in '\n\t' else '\ufffd' for c in text)  # an untrained model says control codes to your terminal
-
-
-def check(cfg, machine):
-    """Raises UserError on settings that cannot work."""
-    for key in 'batch_size', 'gradient_accumulation_steps', 'block_size', 'n_layer', 'n_head', 'n_embd', 'eval_interval', 'eval_iters', 'log_interval':
-        if getattr(cfg, key) < 1:
-            raise UserError(f'--{key}={getattr(cfg, key)} must be 1 or more')
-    if not 0 <= cfg.meta_rate < 1:
-        raise UserError(f'--meta_rate={cfg.meta_rate} must be a share, at least 0 and less than 1')
-    if cfg.meta_attn and meta_count(cfg.block_size, cfg.meta_rate) == 0:
-        raise UserError(f'meta-attention needs meta-tokens, and --meta_rate={cfg.meta_rate} puts none into a block of {cfg.block_size}: raise it, or add --meta_attn=False')
-    if cfg.gradient_accumulation_steps % machine.world:
-        raise UserError(f'--gradient_accumulation_steps={cfg.gradient_accumulation_steps} counts over all devices, and {machine.world} processes do not divide it')
 
 
 def main():
     cfg, given = parse_config(TrainConfig, PRESETS, doc=__doc__)
     cfg, checkpoint, out_dir = open_run(cfg, given)
+    n_meta, micros = meta_count(cfg.block_size, cfg.meta_rate), cfg.gradient_accumulation_steps
+    for key in 'batch_size', 'gradient_accumulation_steps', 'block_size', 'n_layer', 'n_head', 'n_embd', 'eval_interval', 'eval_iters', 'log_interval':
+        if getattr(cfg, key) < 1:
+            raise UserError(f'--{key}={getattr(cfg, key)} must be 1 or more')
+    if not 0 <= cfg.meta_rate < 1:
+        raise UserError(f'--meta_rate={cfg.meta_rate} must be a share: 0 or more, less than 1')
+    if cfg.meta_attn and n_meta == 0:
+        raise UserError(f'meta-attention needs meta-tokens, and --meta_rate={cfg.meta_rate} puts none into a block of {cfg.block_size}: '
+                        'raise it, or add --meta_attn=False')
     machine = Machine(cfg)
-    check(cfg, machine)
+    if micros % machine.world:
+        raise UserError(f'--gradient_accumulation_steps={micros} counts over all processes, and {machine.world} of them do not divide it')
     if machine.rank == 0 and cfg.dataset == 'stdlib' and not Path('data/stdlib').exists():
         machine.say("making data/stdlib, the source text of this Python's standard library")
         prepare(PrepareConfig(source='stdlib', tokenizer='bytes'))
@@ -488,23 +484,21 @@ def main():
 
     torch.manual_seed(cfg.seed)
     model = make_model(cfg, given, checkpoint, data.tok).to(machine.device)
-    n_meta = meta_count(cfg.block_size, cfg.meta_rate)
     train, val = (Blocks(tokens, cfg.block_size, cfg.meta_rate, meta_token(data.tok), seed, cfg.meta_placement)
                   for tokens, seed in ((data.train, cfg.seed), (data.val, 0)))
-    for name, blocks in ('train', train), ('val', val):
-        if not blocks.n_chunks:
-            raise UserError(f'data/{cfg.dataset}/{name}.bin holds {len(blocks.tokens):,} tokens, too few for one block of {cfg.block_size}: lower --block_size')
+    if not (train.n_chunks and val.n_chunks):
+        raise UserError(f'data/{cfg.dataset} holds {len(data.train):,} train and {len(data.val):,} validation tokens, too few for one block of '
+                        f'{cfg.block_size}: lower --block_size')
     bytes_per_token = token_bytes(data.tok)[data.val[:10_000_000]].mean()
 
     n_params = sum(p.numel() for p in model.parameters())
     n_new = sum(p.numel() for name, p in model.named_parameters() if 'meta' in name)
-    tokens_per_step = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
-    epoch = train.n_chunks / (cfg.gradient_accumulation_steps * cfg.batch_size)
-    machine.say(f'device  {machine.name}' + (f' x {machine.world} processes' if machine.world > 1 else '') + f', {machine.dtype}')
-    machine.say(f'data    data/{cfg.dataset}: {len(data.train):,} train tokens ({data.tok.name}), {bytes_per_token:.2f} bytes a token')
-    machine.say(f'model   {n_params / 1e6:.2f}M parameters, {n_new / 1e6:.2f}M of them for meta-attention')
-    machine.say(f'step    {tokens_per_step:,} tokens: {cfg.gradient_accumulation_steps} x {cfg.batch_size} rows of {cfg.block_size}, {n_meta} of them meta-tokens')
-    machine.say(f'run     {out_dir}: {cfg.max_iters:,} steps, {cfg.max_iters / epoch:.2f} epochs' + (', so text is seen more than once' if cfg.max_iters > epoch else ''))
+    epochs = cfg.max_iters * micros * cfg.batch_size / train.n_chunks
+    machine.say(f"""device  {machine.name}{f' x {machine.world} processes' if machine.world > 1 else ''}, {machine.dtype}
+data    data/{cfg.dataset}: {len(data.train):,} train tokens ({data.tok.name}), {bytes_per_token:.2f} bytes a token
+model   {n_params / 1e6:.2f}M parameters, {n_new / 1e6:.2f}M of them for meta-attention
+step    {micros * cfg.batch_size * cfg.block_size:,} tokens: {micros} x {cfg.batch_size} rows of {cfg.block_size}, of which {n_meta} are meta-tokens
+run     {out_dir}: {cfg.max_iters:,} steps, {epochs:.2f} epochs{', so text is seen more than once' if epochs > 1 else ''}""")
 
     def evaluate(model):
         return validation_loss(model, val, cfg, machine, bytes_per_token, n_meta)
@@ -522,10 +516,14 @@ def main():
         text = sample_text(model, data.tok, cfg, machine)
         (out_dir / 'sample.txt').write_text(text + '\n', encoding='utf-8')
         plot_log(out_dir)
-        machine.say(f'\na sample:\n{text}\n')
-        machine.say(f'written to {out_dir}/: config.json  log.csv  loss.png  sample.txt  ckpt.pt  best.pt')
-        machine.say(f'next: open {out_dir}/loss.png; train longer with  python train.py --init_from=resume --out_dir={out_dir} --max_iters={2 * cfg.max_iters}; '
-                    'or without meta-tokens, to compare:  python train.py --meta_rate=0 --meta_attn=False --out_dir=out/plain')
+        machine.say(f"""
+three samples:
+{text}
+
+written to {out_dir}/: config.json  log.csv  loss.png  sample.txt  ckpt.pt  best.pt
+next    look at {out_dir}/loss.png
+        train longer: python train.py --init_from=resume --out_dir={out_dir} --max_iters={2 * cfg.max_iters}
+        and without the idea, to compare: python train.py --meta_rate=0 --meta_attn=False --out_dir=out/plain""")
     machine.barrier()
 
 

@@ -1,5 +1,6 @@
 import importlib
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -30,16 +31,29 @@ def cli(tmp_path):
 
 
 @pytest.fixture
-def refused(tmp_path, monkeypatch, capsys):
-    """refused('train.py', ...) is for what must fail: exit code 2 and one line on stderr, which it returns. In this process, as it is quick."""
-    def call(script, *args):
+def inside(tmp_path, monkeypatch, capsys):
+    """Like cli, but in this process, which is quicker; returns what was printed to stdout and stderr."""
+    def call(script, *args, code=0):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, 'argv', [script, *args])
+        monkeypatch.setattr(signal, 'signal', lambda *_: None)  # pytest keeps its own Ctrl-C
         capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
+        try:
             prepare.run(importlib.import_module(script.removesuffix('.py')).main)
-        assert stop.value.code == 2
-        lines = [line for line in capsys.readouterr().err.splitlines() if line and 'tokens/s' not in line]  # less the progress bar
+            ended = 0
+        except SystemExit as stop:
+            ended = stop.code
+        out = capsys.readouterr()
+        assert ended == code, out
+        return out
+    return call
+
+
+@pytest.fixture
+def refused(inside):
+    """refused('train.py', ...) is for what must fail: exit code 2 and one line on stderr, which it returns."""
+    def call(*args):
+        lines = [line for line in inside(*args, code=2).err.splitlines() if line and 'tokens/s' not in line]  # less the progress bar
         assert len(lines) == 1, lines
         return lines[0]
     return call

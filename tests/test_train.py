@@ -64,7 +64,7 @@ def test_a_run(cli, tmp_path):
     out = cli('train.py', *SMALL, '--max_iters=30', '--learning_rate=1e-2', '--lr_decay_iters=30', '--out_dir=out/a').stdout
     folder = tmp_path / 'out/a'
     assert {p.name for p in folder.iterdir()} == {'config.json', 'log.csv', 'ckpt.pt', 'best.pt', 'loss.png', 'sample.txt'}
-    assert all(word in out for word in ('device', 'parameters', 'tokens/s', 'left', 'nats per text token', 'bits per byte', 'out/a/', 'next:'))
+    assert all(word in out for word in ('device', 'parameters', 'tokens/s', 'left', 'nats per text token', 'bits per byte', 'out/a/', 'next '))
     assert (folder / 'loss.png').read_bytes()[:4] == b'\x89PNG'
     rows = log(folder)
     assert [int(r[0]) for r in rows] == list(range(31)) and [int(r[6]) for r in rows] == [256 * i for i in range(31)]
@@ -82,13 +82,13 @@ def test_a_run(cli, tmp_path):
     assert sample.strip() in out and '<|meta|>' not in sample
 
 
-def test_resume_is_exact(cli, tmp_path):
+def test_resume_is_exact(inside, tmp_path):
     """12 steps straight = 8 steps, then 4 more: weights, optimizer and log, with dropout on."""
     args = (*SMALL, '--dropout=0.1')
-    cli('train.py', *args, '--max_iters=12', '--out_dir=out/straight')
-    cli('train.py', *args, '--max_iters=8', '--out_dir=out/parts')
+    inside('train.py', *args, '--max_iters=12', '--out_dir=out/straight')
+    inside('train.py', *args, '--max_iters=8', '--out_dir=out/parts')
     assert checkpoint(tmp_path / 'out/parts')['iter_num'] == 8
-    cli('train.py', '--init_from=resume', '--out_dir=out/parts', '--max_iters=12')  # its settings come with the checkpoint
+    inside('train.py', '--init_from=resume', '--out_dir=out/parts', '--max_iters=12')  # its settings come with the checkpoint
     assert_equal(state(tmp_path / 'out/parts'), state(tmp_path / 'out/straight'))
     assert log(tmp_path / 'out/parts') == log(tmp_path / 'out/straight')
 
@@ -169,17 +169,17 @@ train.main()
     assert_equal(a, b)
 
 
-def test_validation_is_the_same_for_any_number_of_processes_and_batch(cli, tmp_path):
-    cli('train.py', *SMALL, '--max_iters=1', '--out_dir=out/a')
-    args = ('--init_from=out/a/ckpt.pt', '--eval_only=True', '--eval_iters=1000')
-    said = [cli('train.py', *args, launcher=launcher).stdout.split('validation loss')[1] for launcher in ((), TORCHRUN)]
-    assert said[0] == said[1] == cli('train.py', *args, '--seed=7').stdout.split('validation loss')[1]
+def test_validation_is_the_same_for_any_number_of_processes(cli, inside, tmp_path):
+    inside('train.py', *SMALL, '--max_iters=1', '--out_dir=out/a')
+    args = ('train.py', '--init_from=out/a/ckpt.pt', '--eval_only=True', '--eval_iters=1000')
+    said = [out.split('validation loss')[1] for out in (inside(*args).out, inside(*args, '--seed=7').out, cli(*args, launcher=TORCHRUN).stdout)]
+    assert said[0] == said[1] == said[2]
     assert not (tmp_path / 'out/tiny').exists()
 
 
-def test_extending_the_context(cli, tmp_path):
-    cli('train.py', *SMALL, '--max_iters=8', '--out_dir=out/short')
-    cli('train.py', '--init_from=out/short/ckpt.pt', '--block_size=128', '--yarn_scale=4', '--max_iters=4', '--out_dir=out/long')
+def test_extending_the_context(inside, tmp_path):
+    inside('train.py', *SMALL, '--max_iters=8', '--out_dir=out/short')
+    inside('train.py', '--init_from=out/short/ckpt.pt', '--block_size=128', '--yarn_scale=4', '--max_iters=4', '--out_dir=out/long')
     long, short = checkpoint(tmp_path / 'out/long'), checkpoint(tmp_path / 'out/short')
     assert (long['model_args']['block_size'], long['model_args']['yarn_scale'], long['model_args']['yarn_orig_block_size']) == (128, 4.0, 32)
     assert long['iter_num'] == 4 and long['config']['dataset'] == 'toy' and long['config']['n_embd'] == 32
@@ -188,21 +188,21 @@ def test_extending_the_context(cli, tmp_path):
     assert (long['model']['transformer.wte.weight'] - short['model']['transformer.wte.weight']).abs().max() < 0.1
 
 
-def test_plain_gpt2_and_periodic(cli, tmp_path):
-    cli('train.py', *SMALL, '--max_iters=4', '--meta_rate=0', '--meta_attn=False', '--pos=ape', '--out_dir=out/plain')
+def test_plain_gpt2_and_periodic(inside, tmp_path):
+    inside('train.py', *SMALL, '--max_iters=4', '--meta_rate=0', '--meta_attn=False', '--pos=ape', '--out_dir=out/plain')
     assert not any('meta' in name for name in checkpoint(tmp_path / 'out/plain')['model'])
-    cli('train.py', *SMALL, '--max_iters=4', '--meta_placement=periodic', '--meta_attn=False', '--out_dir=out/pause')
+    inside('train.py', *SMALL, '--max_iters=4', '--meta_placement=periodic', '--meta_attn=False', '--out_dir=out/pause')
 
 
-def test_non_finite_steps(cli, tmp_path):
+def test_non_finite_steps(inside, tmp_path):
     """An infinite weight makes every step non-finite: each is skipped and said, ten stop the run, and the checkpoint stays."""
-    cli('train.py', *SMALL, '--max_iters=4', '--out_dir=out/a')
+    inside('train.py', *SMALL, '--max_iters=4', '--out_dir=out/a')
     c = checkpoint(tmp_path / 'out/a')
     c['model']['transformer.ln_f.weight'][0] = float('inf')
     torch.save(c, tmp_path / 'out/a/ckpt.pt')
     before = (tmp_path / 'out/a/ckpt.pt').read_bytes()
-    result = cli('train.py', '--init_from=resume', '--out_dir=out/a', '--max_iters=100', '--eval_interval=1000', code=2)
-    assert result.stdout.count('skipped') == 10 and 'ten steps in a row' in result.stderr and 'Traceback' not in result.stderr
+    result = inside('train.py', '--init_from=resume', '--out_dir=out/a', '--max_iters=100', '--eval_interval=1000', code=2)
+    assert result.out.count('skipped') == 10 and 'ten steps in a row' in result.err and 'Traceback' not in result.err
     assert (tmp_path / 'out/a/ckpt.pt').read_bytes() == before
 
 
@@ -216,13 +216,13 @@ def test_disk_full_keeps_the_old_checkpoint(cli, tmp_path):
     assert checkpoint(tmp_path / 'out/a')['iter_num'] == 4 and not list((tmp_path / 'out/a').glob('*.tmp'))
 
 
-def test_refuses_to_overwrite(cli, refused, tmp_path):
-    cli('train.py', *SMALL, '--max_iters=2', '--out_dir=out/a')
+def test_refuses_to_overwrite(inside, refused, tmp_path):
+    inside('train.py', *SMALL, '--max_iters=2', '--out_dir=out/a')
     before = (tmp_path / 'out/a/ckpt.pt').read_bytes()
     line = refused('train.py', *SMALL, '--max_iters=2', '--out_dir=out/a')
     assert all(way in line for way in ('--init_from=resume', '--out_dir=', '--overwrite=True'))
     assert (tmp_path / 'out/a/ckpt.pt').read_bytes() == before
-    cli('train.py', *SMALL, '--max_iters=3', '--out_dir=out/a', '--overwrite=True')
+    inside('train.py', *SMALL, '--max_iters=3', '--out_dir=out/a', '--overwrite=True')
     assert checkpoint(tmp_path / 'out/a')['iter_num'] == 3
 
 
@@ -238,9 +238,9 @@ def test_clear_errors(refused, tmp_path, args, said):
     assert not (tmp_path / 'out').exists()
 
 
-def test_checkpoint_and_command_line_must_fit(cli, refused, tmp_path):
-    cli('train.py', *SMALL, '--max_iters=2', '--out_dir=out/a')
-    cli('train.py', *SMALL, '--max_iters=2', '--out_dir=out/ape', '--pos=ape')
+def test_checkpoint_and_command_line_must_fit(inside, refused, tmp_path):
+    inside('train.py', *SMALL, '--max_iters=2', '--out_dir=out/a')
+    inside('train.py', *SMALL, '--max_iters=2', '--out_dir=out/ape', '--pos=ape')
     new = ('train.py', '--init_from=out/a/ckpt.pt', '--out_dir=out/b')
     assert 'n_layer=3' in refused(*new, '--n_layer=3')
     assert 'learned positions' in refused('train.py', '--init_from=out/ape/ckpt.pt', '--out_dir=out/b', '--block_size=64')
@@ -287,10 +287,10 @@ def test_weight_decay_on_matrices_only():
     assert {name: decayed[id(p)] for name, p in model.named_parameters()} == {name: p.dim() == 2 for name, p in model.named_parameters()}
 
 
-def test_muon(cli, tmp_path):
-    cli('train.py', *SMALL, '--max_iters=12', '--optimizer=muon', '--out_dir=out/straight')
-    cli('train.py', *SMALL, '--max_iters=8', '--optimizer=muon', '--out_dir=out/parts')
-    cli('train.py', '--init_from=resume', '--out_dir=out/parts', '--max_iters=12')
+def test_muon(inside, tmp_path):
+    inside('train.py', *SMALL, '--max_iters=12', '--optimizer=muon', '--out_dir=out/straight')
+    inside('train.py', *SMALL, '--max_iters=8', '--optimizer=muon', '--out_dir=out/parts')
+    inside('train.py', '--init_from=resume', '--out_dir=out/parts', '--max_iters=12')
     assert_equal(state(tmp_path / 'out/parts'), state(tmp_path / 'out/straight'))
 
 
