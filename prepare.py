@@ -329,8 +329,9 @@ def prepare(cfg):
         if count['train'] and not count['val']:  # too few documents to hold one out: the last tenth of the text instead
             count['val'] = max(1, count['train'] // 10)
             count['train'] -= count['val']
-            ids = np.fromfile(partial / 'train.bin', '<u2', offset=2 * count['train'])
-            ids.tofile(partial / 'val.bin')
+            with open(partial / 'train.bin', 'rb') as train, open(partial / 'val.bin', 'wb') as val:
+                train.seek(2 * count['train'])
+                shutil.copyfileobj(train, val)
             os.truncate(partial / 'train.bin', 2 * count['train'])
         if not count['train']:
             raise UserError(f'--source={cfg.source}: there is no text in it')

@@ -35,14 +35,14 @@ class TrainConfig:
     overwrite: bool = False      # allow a fresh run in a folder that holds one
     seed: int = 1337             # decides the initial weights and everything random after
     # how long
-    max_iters: int = 1400        # optimizer steps
-    eval_interval: int = 350     # validate and save every so many steps
-    eval_iters: int = 150        # validate on so many batches, always the same; all of it where that is fewer
+    max_iters: int = 1700        # optimizer steps
+    eval_interval: int = 425     # validate and save every so many steps
+    eval_iters: int = 75         # validate on so many batches, always the same; all of it where that is fewer
     eval_only: bool = False      # validate once and stop, writing nothing
     log_interval: int = 20       # a progress line every so many steps
     # what a step sees
-    batch_size: int = 2          # rows of a micro-batch, on one device
-    gradient_accumulation_steps: int = 2  # micro-batches in a step, over all devices
+    batch_size: int = 4          # rows of a micro-batch, on one device
+    gradient_accumulation_steps: int = 1  # micro-batches in a step, over all devices
     block_size: int = 256        # T, positions in a row, meta-tokens included
     meta_rate: float = 0.1       # k, the share of meta-tokens among them (paper: 0.1); 0 is plain GPT-2 data
     meta_placement: Literal['random', 'periodic'] = 'random'  # where they stand: drawn anew for each row, or evenly spaced
@@ -108,7 +108,7 @@ class Machine:
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision('high')
         if 'RANK' in os.environ:
-            dist.init_process_group('nccl' if self.type == 'cuda' else 'gloo')
+            dist.init_process_group('nccl' if self.type == 'cuda' else 'gloo', device_id=self.device if self.type == 'cuda' else None)
         fast = 'float32' if self.type != 'cuda' else 'bfloat16' if torch.cuda.get_device_capability() >= (8, 0) else 'float16'
         self.dtype = fast if cfg.dtype == 'auto' else cfg.dtype
         self.autocast = nullcontext() if self.dtype == 'float32' else torch.autocast(self.type, getattr(torch, self.dtype))
@@ -475,7 +475,7 @@ def main():
                         'raise it, or add --meta_attn=False')
     machine = Machine(cfg)
     if micros % machine.world:
-        raise UserError(f'--gradient_accumulation_steps={micros} counts over all processes, and {machine.world} of them do not divide it')
+        raise UserError(f'--gradient_accumulation_steps={micros} counts over all processes: {machine.world} of them need a multiple of {machine.world}')
     if machine.rank == 0 and cfg.dataset == 'stdlib' and not Path('data/stdlib').exists():
         machine.say("making data/stdlib, the source text of this Python's standard library")
         prepare(PrepareConfig(source='stdlib', tokenizer='bytes'))
