@@ -399,7 +399,7 @@ def clock_face(seconds):
 # ------------------------------------------------------------------------------
 # Pre-training
 
-def make_model(cfg, given, checkpoint, tok):
+def make_model(cfg, checkpoint, tok):
     """A new model, or the checkpoint's, its context perhaps extended. Raises UserError where the two do not fit together."""
     args = {key: getattr(cfg, key) for key in MODEL_KEYS} | dict(vocab_size=padded_vocab_size(tok), meta_id=meta_token(tok))
     if checkpoint is None:
@@ -483,7 +483,7 @@ def main():
     data = load_data(cfg.dataset)
 
     torch.manual_seed(cfg.seed)
-    model = make_model(cfg, given, checkpoint, data.tok).to(machine.device)
+    model = make_model(cfg, checkpoint, data.tok).to(machine.device)
     train, val = (Blocks(tokens, cfg.block_size, cfg.meta_rate, meta_token(data.tok), seed, cfg.meta_placement)
                   for tokens, seed in ((data.train, cfg.seed), (data.val, 0)))
     if not (train.n_chunks and val.n_chunks):

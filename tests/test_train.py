@@ -206,6 +206,34 @@ def test_non_finite_steps(inside, tmp_path):
     assert (tmp_path / 'out/a/ckpt.pt').read_bytes() == before
 
 
+def test_one_non_finite_step_is_skipped(inside, tmp_path, monkeypatch):
+    """The third loss is nan: that step changes nothing, and the run goes on."""
+    import train
+    forward, calls = train.GPT.forward, []
+
+    def broken(self, *args, **kwargs):
+        logits, loss = forward(self, *args, **kwargs)
+        if self.training and loss is not None:
+            calls.append(loss)
+        return logits, loss * float('nan') if self.training and len(calls) == 3 else loss
+    monkeypatch.setattr(train.GPT, 'forward', broken)
+    out = inside('train.py', *SMALL, '--max_iters=6', '--out_dir=out/a').out
+    assert out.count('skipped') == 1 and 'iter      2/6  skipped' in out
+    c = checkpoint(tmp_path / 'out/a')
+    assert c['iter_num'] == 6 and all(w.isfinite().all() for w in c['model'].values())
+    assert {int(s['step']) for s in c['optimizer'][0]['state'].values()} == {5}
+
+
+def test_best_is_remembered(inside, tmp_path):
+    """A resumed run that does not get below the best loss so far leaves best.pt alone."""
+    inside('train.py', *SMALL, '--max_iters=4', '--out_dir=out/a')
+    c = checkpoint(tmp_path / 'out/a')
+    torch.save({**c, 'best_val_loss': 0.5}, tmp_path / 'out/a/ckpt.pt')
+    before = (tmp_path / 'out/a/best.pt').read_bytes()
+    inside('train.py', '--init_from=resume', '--out_dir=out/a', '--max_iters=8')
+    assert checkpoint(tmp_path / 'out/a')['best_val_loss'] == 0.5 and (tmp_path / 'out/a/best.pt').read_bytes() == before
+
+
 def test_disk_full_keeps_the_old_checkpoint(cli, tmp_path):
     cli('train.py', *SMALL, '--max_iters=4', '--out_dir=out/a')
     size = (tmp_path / 'out/a/ckpt.pt').stat().st_size
