@@ -78,7 +78,7 @@ def peak_memory(name, cfg):
     if machine.type == 'cuda':
         torch.cuda.reset_peak_memory_stats()
     step(), step()
-    return torch.cuda.max_memory_allocated() if machine.type == 'cuda' else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return torch.cuda.max_memory_allocated() if machine.type == 'cuda' else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
 
 def speed(argv):
@@ -89,6 +89,8 @@ def speed(argv):
         GPTConfig(n_head=cfg.n_head, n_embd=cfg.n_embd, pos=cfg.pos)
     except ValueError as error:
         raise UserError(str(error))
+    if cfg.runs < 1:
+        raise UserError(f'--runs={cfg.runs} must be 1 or more')
     machine = Machine(cfg)
     cfg.batch_size = cfg.batch_size or (12 if machine.type == 'cuda' else 1)
     names = ['plain', 'gather', 'dense'] + (['nanoGPT'] if cfg.nanogpt else [])

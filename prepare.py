@@ -43,8 +43,8 @@ def run(main):
     try:
         main()
     except (UserError, OSError) as error:
-        if os.environ.get('RANK', '0') == '0':  # under torchrun all processes fail alike, and one says so
-            print(f'{Path(sys.argv[0]).name}: {error}', file=sys.stderr)
+        rank = os.environ.get('RANK', '0')  # under torchrun
+        print(f"{Path(sys.argv[0]).name}{'' if rank == '0' else f' (rank {rank})'}: {error}", file=sys.stderr)
         raise SystemExit(2)
     except KeyboardInterrupt:
         print(f'{Path(sys.argv[0]).name}: interrupted', file=sys.stderr)
@@ -144,7 +144,7 @@ def local_files(source):
         return [path for path in sorted(root.rglob('*.py')) if not skip & set(path.relative_to(root).parts)]
     path = Path(source)
     if path.is_dir():
-        found = sorted(p for p in path.rglob('*') if p.name.endswith(KINDS))
+        found = sorted(p for p in path.rglob('*') if p.name.endswith(KINDS) and p.is_file())
     else:
         found = [path] if path.exists() else sorted(p for p in map(Path, glob.glob(source, recursive=True)) if p.is_file())
     for path in found:
@@ -190,17 +190,18 @@ def read_file(path, column):
                         yield text_of(json.loads(line), column, where), True, raw.tell()
             else:
                 yield from cut_text(io.TextIOWrapper(raw, encoding='utf-8', errors='replace' if path.suffix == '.py' else 'strict'), raw)
-    except (ValueError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+    except (ValueError, EOFError, zlib.error, OSError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f'{where}: not readable as {path.suffix[1:]} of UTF-8 text ({error}); repair it or leave it out')
 
 
 def cut_text(f, raw):
-    """A text file, one document, in pieces. They are cut where no token of GPT-2's can span: at a line's end with no other white space about."""
+    """A text file, one document, in pieces. They are cut where no token of GPT-2's can span: at a line's end with no other white space about;
+    only a line of over 4 million characters is cut within."""
     piece, size = [''], 0
     while line := f.readline(PIECE):
-        if size >= PIECE and piece[-1][-2:-1].strip() and not line[0].isspace():
+        if size >= PIECE and piece[-1][-2:-1].strip() and (piece[-1][-1] == '\n' and not line[0].isspace() or size >= 4 * PIECE):
             yield ''.join(piece), False, raw.tell()
             piece, size = [''], 0
         piece.append(line)
@@ -278,7 +279,7 @@ def prepare(cfg):
     source = Path(os.path.abspath(cfg.source))
     name = cfg.name or re.split(r'[.*?[]', source.name)[0].strip('-_') or source.parent.name
     final, partial = Path('data', name), Path('data', f'.{name}.partial')
-    if name != Path(name).name:
+    if name in ('', '..') or name != Path(name).name:  # data/.. is no place to overwrite
         raise UserError(f'--name={name} cannot be the name of a folder in data/')
     if final.exists() and not cfg.overwrite:
         raise UserError(f'{final} is there already: train on it (python train.py --dataset={name}), or give --name=, or --overwrite=True')
@@ -294,14 +295,15 @@ def prepare(cfg):
 
     def batches():
         """([(split, text, whether a document ends there)], bytes read so far), each of about 256k characters."""
-        batch, size, before = [], 0, 0
+        batch, size, before, held_out = [], 0, 0, None
         for split, docs, n_bytes in sources:
             place, begins = split, True
             for text, ends, position in docs:
                 if count[split or 'train'] >= limit[split or 'train']:
                     break
                 if split is None and begins:  # held out by its text: the same documents in every run
-                    place = 'val' if zlib.crc32(text.encode('utf-8', 'replace')) % HELD_OUT == 0 else 'train'
+                    held_out = held_out is not None and zlib.crc32(text.encode('utf-8', 'replace')) % HELD_OUT == 0  # never the first
+                    place = 'val' if held_out else 'train'
                 begins = ends
                 batch.append((place, text, ends))
                 size += len(text)
@@ -312,6 +314,7 @@ def prepare(cfg):
         if batch:
             yield batch, before
 
+    n_characters = 0
     try:
         with open(partial / 'train.bin', 'wb') as train, open(partial / 'val.bin', 'wb') as val, \
              tqdm(total=cfg.max_tokens or None, unit=' tokens', unit_scale=True, smoothing=0.05) as bar:
@@ -322,6 +325,7 @@ def prepare(cfg):
                     (train if split == 'train' else val).write(ids.tobytes())
                     count[split] += len(ids)
                 n_documents += sum(ends for *_, ends in batch)
+                n_characters += sum(len(text) for _, text, _ in batch)
                 if total_bytes and position and not cfg.max_tokens:  # so many tokens if the rest is like the part that was read
                     bar.total = int(sum(count.values()) * total_bytes / position)
                 bar.set_postfix_str(f'{n_documents:,} documents', refresh=False)
@@ -333,15 +337,17 @@ def prepare(cfg):
                 train.seek(2 * count['train'])
                 shutil.copyfileobj(train, val)
             os.truncate(partial / 'train.bin', 2 * count['train'])
-        if not count['train']:
+        if not count['train'] or not n_characters:
             raise UserError(f'--source={cfg.source}: there is no text in it')
         about = {'tokenizer': cfg.tokenizer, 'n_vocab': tok.n_vocab, 'meta_id': meta_token(tok), 'source': cfg.source, 'documents': n_documents}
         for split in count:
             about[split] = {'tokens': count[split], 'sha256': sha256(partial / f'{split}.bin')}
         (partial / 'data.json').write_text(json.dumps(about, indent=2) + '\n')
-    except OSError as error:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(f'{final} could not be written ({error.strerror}); nothing of it is left. Make room, or bound it with --max_tokens=')
+        if isinstance(error, OSError):
+            raise UserError(f'{final} could not be written ({error.strerror}); nothing of it is left. Make room, or bound it with --max_tokens=')
+        raise
     if final.exists():
         shutil.rmtree(final)
     os.replace(partial, final)
@@ -362,17 +368,21 @@ def load_data(name):
     """Opens data/NAME, ours or nanoGPT's (without data.json: GPT-2's tokens). Raises UserError if it is missing or cut short."""
     folder = Path('data', name)
     if not (folder / 'train.bin').exists() or not (folder / 'val.bin').exists():
-        hint = '' if name == 'c4' else f' --source=... --name={name}'
+        hint = {'c4': '', 'stdlib': ' --source=stdlib --tokenizer=bytes --overwrite=True'}.get(name, f' --source=... --name={name}')
         raise UserError(f'no {folder}/train.bin and val.bin here: make them with  python prepare.py{hint}')
     if (folder / 'meta.pkl').exists():
         raise UserError(f'{folder} holds characters coded by its meta.pkl; make it anew from the text: '
                         f'python prepare.py --source={folder}/input.txt --tokenizer=bytes --name={name}_bytes')
-    about = json.loads((folder / 'data.json').read_text()) if (folder / 'data.json').exists() else {'tokenizer': 'gpt2'}
+    try:
+        about = json.loads((folder / 'data.json').read_text()) if (folder / 'data.json').exists() else {'tokenizer': 'gpt2'}
+        tok = get_tokenizer(about['tokenizer'])
+    except (json.JSONDecodeError, KeyError):
+        raise UserError(f'{folder}/data.json is damaged; make the folder again with prepare.py --overwrite=True')
     for split in 'train', 'val':
         size, tokens = (folder / f'{split}.bin').stat().st_size, about.get(split, {}).get('tokens')
         if size < 4 or size % 2 or size != 2 * (tokens or size // 2):
             raise UserError(f"{folder}/{split}.bin is cut short: {size:,} bytes, not {f'{2 * tokens:,}' if tokens else 'two a token'}; make it again with prepare.py --overwrite=True")
-    return Data(get_tokenizer(about['tokenizer']), *(np.memmap(folder / f'{s}.bin', '<u2', 'r') for s in ('train', 'val')))
+    return Data(tok, *(np.memmap(folder / f'{s}.bin', '<u2', 'r') for s in ('train', 'val')))
 
 
 def meta_count(block_size, meta_rate):
@@ -419,13 +429,13 @@ class Blocks:
         self.seed, self.placement = seed, placement
         self.chunk = block_size - meta_count(block_size, meta_rate)
         self.n_chunks = (len(tokens) - 1) // self.chunk  # each chunk's last target is the next one's first token
-        self.permutation = lru_cache(2)(lambda epoch: np.random.default_rng([seed, epoch]).permutation(self.n_chunks))
+        self.permutation = lru_cache(2)(lambda epoch: np.random.default_rng([seed, epoch]).permutation(np.arange(self.n_chunks, dtype=np.uint32)))
 
     def batch(self, first_row, n_rows):
         """Rows first_row ... first_row + n_rows - 1 of the endless sequence: idx, targets, both (n_rows, T) int64."""
         text = np.empty((n_rows, self.chunk + 1), dtype=np.int64)
         for b, row in enumerate(range(first_row, first_row + n_rows)):
-            start = self.permutation(row // self.n_chunks)[row % self.n_chunks] * self.chunk
+            start = int(self.permutation(row // self.n_chunks)[row % self.n_chunks]) * self.chunk
             text[b] = self.tokens[start:start + self.chunk + 1]
         rng = np.random.default_rng([self.seed, first_row, 1])  # the third number keeps it apart from the permutations
         return inject_meta_tokens(text, self.meta_rate, self.meta_id, rng, self.block_size, self.placement)

@@ -2,7 +2,7 @@
 Pre-train GPT-2 with meta-tokens and meta-attention.
 
     python train.py                                             # a tiny model on Python's own source text: 3 minutes on a laptop
-    python train.py --dataset=c4 --n_layer=6 --n_embd=384       # another model, on what prepare.py wrote to data/c4
+    python train.py --dataset=c4 --n_layer=6 --out_dir=out/c4   # another model, on what prepare.py wrote to data/c4
     torchrun --standalone --nproc_per_node=4 train.py --preset=paper   # the paper's 152M on 4 GPUs
     python train.py --init_from=resume --out_dir=out/paper      # go on, exactly, after whatever stopped it
     python train.py --init_from=out/tiny/ckpt.pt --block_size=1024 --yarn_scale=4 --out_dir=out/long --max_iters=100   # a longer context
@@ -61,7 +61,7 @@ class TrainConfig:
     min_lr: float = 2e-4         # at the end
     decay_lr: bool = True        # cosine from peak to end; False stays at the peak
     warmup_iters: int = 50       # steps of linear rise to the peak
-    lr_decay_iters: int = 0      # steps until the end of the cosine; 0: max_iters
+    lr_decay_iters: int = 0      # steps until the end of the cosine; 0: max_iters, also where a resumed run raises that
     weight_decay: float = 0.1    # on matrices only
     beta1: float = 0.9           # AdamW's
     beta2: float = 0.95          # AdamW's
@@ -83,7 +83,7 @@ MODEL_KEYS = ('block_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias', 'p
 # The machine: one process, or one of many under torchrun
 
 PEAK_FLOPS = {  # dense 16-bit, from NVIDIA's data sheets; a card counts if its name has all these words (an L40 is no L4)
-    'H200': 989e12, 'H100 PCIe': 756e12, 'H100 NVL': 835e12, 'H100 HBM3': 989e12, 'A100': 312e12, 'L40S': 362e12, 'L4': 121e12,
+    'H200 NVL': 835e12, 'H200': 989e12, 'H100 PCIe': 756e12, 'H100 NVL': 835e12, 'H100 HBM3': 989e12, 'A100': 312e12, 'L40S': 362e12, 'L4': 121e12,
     'V100 SXM2': 125e12, 'T4': 65e12,
 }
 
@@ -114,7 +114,7 @@ class Machine:
         self.autocast = nullcontext() if self.dtype == 'float32' else torch.autocast(self.type, getattr(torch, self.dtype))
         gpu = torch.cuda.get_device_name() if self.type == 'cuda' else ''
         words = set(gpu.replace('-', ' ').split())
-        self.peak_flops = next((f for name, f in PEAK_FLOPS.items() if set(name.split()) <= words and self.dtype != 'float32'), None)
+        self.peak_flops = next((f for name, f in PEAK_FLOPS.items() if set(name.split()) <= words and 'MIG' not in words and self.dtype != 'float32'), None)
         self.name = gpu or f'{self.device}' + (f' ({torch.get_num_threads()} threads)' if self.type == 'cpu' else '')
 
     def say(self, *words):
@@ -161,7 +161,8 @@ def load_checkpoint(path):
         raise UserError(f'there is no checkpoint {path}; --init_from is scratch, resume or the path of a ckpt.pt')
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-        missing = {'model', 'model_args', 'config', 'iter_num'} - set(checkpoint)
+        missing = {'model', 'optimizer', 'scaler', 'model_args', 'config', 'iter_num', 'best_val_loss'} - set(checkpoint)
+        missing |= {f.name for f in fields(GPTConfig)} - set(checkpoint.get('model_args', ()))
     except Exception as error:  # zip, pickle and type errors of every kind
         raise UserError(f'{path} is damaged, or no checkpoint ({type(error).__name__})')
     if missing:
@@ -255,7 +256,7 @@ def make_optimizers(model, cfg, machine):
     rest = [p for _, p in params if p.dim() != 2]
     assert len(muon) + len(decay) + len(rest) == len(params)
     groups = [dict(params=decay, weight_decay=cfg.weight_decay), dict(params=rest, weight_decay=0.0)]
-    optimizers = [torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), fused=machine.type in ('cuda', 'cpu'))]
+    optimizers = [torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), fused=True)]
     if muon:
         optimizers.append(torch.optim.Muon(muon, weight_decay=cfg.weight_decay, adjust_lr_fn='match_rms_adamw'))
     return optimizers
@@ -276,8 +277,7 @@ def fit(cfg, machine, model, checkpoint, out_dir, get_batch, evaluate, n_meta):
     def on_signal(number, frame):
         stop.append(number)
         signal.signal(number, signal.SIG_DFL)
-    for number in signal.SIGINT, signal.SIGTERM:
-        signal.signal(number, on_signal)
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
 
     optimizers = make_optimizers(model, cfg, machine)
     scaler = torch.amp.GradScaler(machine.type, enabled=machine.dtype == 'float16')
@@ -285,7 +285,8 @@ def fit(cfg, machine, model, checkpoint, out_dir, get_batch, evaluate, n_meta):
     if checkpoint:
         for optimizer, state in zip(optimizers, checkpoint['optimizer'], strict=True):
             optimizer.load_state_dict(state)
-        scaler.load_state_dict(checkpoint['scaler'])
+        if checkpoint['scaler']:  # empty unless that run was in float16
+            scaler.load_state_dict(checkpoint['scaler'])
         it, best_val_loss = checkpoint['iter_num'], checkpoint['best_val_loss']
     if machine.rank == 0:
         out_dir.mkdir(parents=True, exist_ok=True)
@@ -362,8 +363,8 @@ def fit(cfg, machine, model, checkpoint, out_dir, get_batch, evaluate, n_meta):
         if skipped:
             machine.say(f'iter {it:>6}/{cfg.max_iters}  skipped: loss {train_loss}, gradient norm {grad_norm}')
         if skipped == 10:
-            raise UserError(f'stopped: ten steps in a row without a finite loss and gradient. The last good checkpoint is {out_dir}/ckpt.pt; '
-                            'try a lower --learning_rate, or --dtype=float32')
+            raise UserError('stopped: ten steps in a row without a finite loss and gradient; try a lower --learning_rate, or --dtype=float32'
+                            + (f'. {out_dir}/ckpt.pt is the last good checkpoint' if (out_dir / 'ckpt.pt').exists() else ''))
         row = {}
         if it % cfg.log_interval == 0:
             speed = (it - clock_it) * tokens_per_step / (time.time() - clock)
@@ -374,20 +375,25 @@ def fit(cfg, machine, model, checkpoint, out_dir, get_batch, evaluate, n_meta):
             machine.say(f'iter {it:>6}/{cfg.max_iters}  loss {train_loss:.4f}  lr {lr:.2e}  grad {grad_norm:.2f}  {speed:,.0f} tokens/s'
                         + (f"  mfu {row['mfu']:.1%}" if machine.peak_flops else '') + f'  {clock_face(left)} left')
             clock_it, clock = it, time.time()
-        milestone, better = it % cfg.eval_interval == 0 or it == cfg.max_iters, False
+        milestone = it % cfg.eval_interval == 0 or it == cfg.max_iters
         if milestone:
             row.update(validate())
-            better, best_val_loss = row['val_loss'] < best_val_loss, min(row['val_loss'], best_val_loss)
-            clock_it, clock = it, time.time()
         if row:
             write(row)
-        if milestone or stopping:
+        good = not skipped and math.isfinite(row.get('val_loss', 0))  # a run that has gone astray must not replace the last good checkpoint
+        if (milestone or stopping) and good:
+            better = row.get('val_loss', math.inf) < best_val_loss
+            if better:  # first best.pt: should the process die between the two, going on from the older ckpt.pt writes it again
+                best_val_loss = row['val_loss']
+                save('best.pt')
             saved = save('ckpt.pt')
-        if better:
-            save('best.pt')
+        if milestone:
+            clock_it, clock = it, time.time()
         if stopping:
-            machine.say(f'stopped after iter {it}' + (f', and saved; go on with --init_from=resume --out_dir={out_dir}' if saved else ''))
+            machine.say(f'stopped after iter {it}' + (f', and saved; go on with --init_from=resume --out_dir={out_dir}' if saved and good else ', not saved'))
             raise SystemExit(128 + (stop or [signal.SIGTERM])[0])
+    for number, handler in before.items():
+        signal.signal(number, handler)
     if not saved:
         raise UserError(f'the run is over, but {out_dir}/ckpt.pt could not be saved: make room, then --init_from=resume --out_dir={out_dir}')
 
@@ -438,7 +444,8 @@ def validation_loss(model, blocks, cfg, machine, bytes_per_token, n_meta):
     nats = targets = 0.0
     n_rows = min(cfg.eval_iters * cfg.batch_size, blocks.n_chunks)
     for row in range(machine.rank * cfg.batch_size, n_rows, machine.world * cfg.batch_size):
-        idx, wanted = blocks.batch(row, min(cfg.batch_size, n_rows - row))
+        idx, wanted = blocks.batch(row, cfg.batch_size)  # always whole, so that compile sees one shape
+        wanted[n_rows - row:] = -1
         count = int((wanted >= 0).sum())
         with torch.no_grad(), machine.autocast:
             nats += model(*machine.to_device(idx, wanted), n_meta=n_meta)[1].item() * count
@@ -450,12 +457,12 @@ def validation_loss(model, blocks, cfg, machine, bytes_per_token, n_meta):
 
 def sample_text(model, tok, cfg, machine, n_samples=3, n_tokens=300):
     """New documents by the model, up to its block size, with meta-tokens as often as in training, and left out of the text."""
-    M, meta = meta_count(cfg.block_size, cfg.meta_rate), meta_token(tok)
+    meta = meta_token(tok)
+    every = max(round(1 / cfg.meta_rate) - 1, 1) if meta_count(cfg.block_size, cfg.meta_rate) else cfg.block_size
     start = torch.full((n_samples, 1), tok.eot_token, device=machine.device)
     model.eval()
     with machine.autocast:
-        ids = model.generate(start, max(min(n_tokens, cfg.block_size - M - 2), 1), temperature=0.8, top_k=200,
-                             meta_every=max(round(1 / cfg.meta_rate) - 1, 1) if M else None,
+        ids = model.generate(start, min(n_tokens, max((cfg.block_size - 2) * every // (every + 1), 1)), temperature=0.8, top_k=200, meta_every=every,
                              generator=torch.Generator(machine.device).manual_seed(cfg.seed))
     text = '\n---\n'.join(tok.decode([i for i in row if i != meta]) for row in ids[:, 1:].tolist())
     return ''.join(c if c.isprintable() or c in '\n\t' else '\ufffd' for c in text)  # an untrained model says control codes to your terminal
@@ -465,18 +472,23 @@ def main():
     cfg, given = parse_config(TrainConfig, PRESETS, doc=__doc__)
     cfg, checkpoint, out_dir = open_run(cfg, given)
     n_meta, micros = meta_count(cfg.block_size, cfg.meta_rate), cfg.gradient_accumulation_steps
-    for key in 'batch_size', 'gradient_accumulation_steps', 'block_size', 'n_layer', 'n_head', 'n_embd', 'eval_interval', 'eval_iters', 'log_interval':
+    for key in 'batch_size', 'gradient_accumulation_steps', 'block_size', 'n_layer', 'n_head', 'n_embd', 'eval_interval', 'eval_iters', 'log_interval', 'max_iters':
         if getattr(cfg, key) < 1:
             raise UserError(f'--{key}={getattr(cfg, key)} must be 1 or more')
-    if not 0 <= cfg.meta_rate < 1:
-        raise UserError(f'--meta_rate={cfg.meta_rate} must be a share: 0 or more, less than 1')
+    if not 0 <= cfg.meta_rate < 1 or n_meta >= cfg.block_size:
+        raise UserError(f'--meta_rate={cfg.meta_rate} must be a share: 0 or more, and low enough to leave room for text')
+    for key in 'dropout', 'beta1', 'beta2':
+        if not 0 <= getattr(cfg, key) < 1:
+            raise UserError(f'--{key}={getattr(cfg, key)} must be 0 or more, and less than 1')
+    if cfg.seed < 0:
+        raise UserError(f'--seed={cfg.seed} must be 0 or more')
     if cfg.meta_attn and n_meta == 0:
         raise UserError(f'meta-attention needs meta-tokens, and --meta_rate={cfg.meta_rate} puts none into a block of {cfg.block_size}: '
                         'raise it, or add --meta_attn=False')
     machine = Machine(cfg)
     if micros % machine.world:
         raise UserError(f'--gradient_accumulation_steps={micros} counts over all processes: {machine.world} of them need a multiple of {machine.world}')
-    if machine.rank == 0 and cfg.dataset == 'stdlib' and not Path('data/stdlib').exists():
+    if os.environ.get('LOCAL_RANK', '0') == '0' and cfg.dataset == 'stdlib' and not Path('data/stdlib').exists():  # on every node
         machine.say("making data/stdlib, the source text of this Python's standard library")
         prepare(PrepareConfig(source='stdlib', tokenizer='bytes'))
     machine.barrier()
