@@ -156,10 +156,8 @@ def local_files(source):
 
 
 def text_of(row, column, where):
-    if not isinstance(row, dict) or column not in row:
-        raise UserError(f'{where}: no column {column!r}; name the one that holds the text with --text_column=')
-    if not isinstance(row[column], str):
-        raise UserError(f'{where}: {column!r} holds {row[column]!r}, not text')
+    if not isinstance(row, dict) or not isinstance(row.get(column), str):
+        raise UserError(f'{where}: no column {column!r} with text in it; name the one that holds the text with --text_column=')
     return row[column]
 
 

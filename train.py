@@ -13,6 +13,7 @@ Everything random is a function of (seed, iteration): data order, meta positions
 import csv, json, math, os, signal, time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -126,17 +127,16 @@ class Machine:
             dist.barrier()
 
     def sum(self, *numbers):
-        """The sums over all processes of some floats, as a list."""
-        total = torch.tensor(numbers, dtype=torch.float64 if self.type != 'mps' else torch.float32, device=self.device)
-        if self.world > 1:
-            dist.all_reduce(total)
+        """The sums over all processes of some floats, in their order."""
+        if self.world == 1:
+            return numbers
+        total = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
         return total.tolist()
 
     def to_device(self, *arrays):
-        tensors = [torch.from_numpy(a) for a in arrays]
-        if self.type == 'cuda':  # pinned, so that the copy runs while the GPU still computes
-            return [t.pin_memory().to(self.device, non_blocking=True) for t in tensors]
-        return [t.to(self.device) for t in tensors]
+        pin = self.type == 'cuda'  # so that the copy runs while the GPU still computes
+        return [(t.pin_memory() if pin else t).to(self.device, non_blocking=pin) for t in map(torch.from_numpy, arrays)]
 
     def compiled(self, model, cfg):
         """model, through torch.compile where that is asked for and works."""
@@ -250,9 +250,9 @@ def learning_rate(it, cfg):
 def make_optimizers(model, cfg, machine):
     """AdamW, with weight decay on matrices only; with --optimizer=muon, Muon for the blocks' matrices beside it."""
     params = list(model.named_parameters())
-    muon = [p for name, p in params if cfg.optimizer == 'muon' and p.dim() == 2 and '.h.' in name]
-    taken = {id(p) for p in muon}
-    decay = [p for _, p in params if p.dim() == 2 and id(p) not in taken]
+    for_muon = {name for name, p in params if cfg.optimizer == 'muon' and p.dim() == 2 and '.h.' in name}
+    muon = [p for name, p in params if name in for_muon]
+    decay = [p for name, p in params if p.dim() == 2 and name not in for_muon]
     rest = [p for _, p in params if p.dim() != 2]
     assert len(muon) + len(decay) + len(rest) == len(params)
     groups = [dict(params=decay, weight_decay=cfg.weight_decay), dict(params=rest, weight_decay=0.0)]
@@ -373,7 +373,7 @@ def fit(cfg, machine, model, checkpoint, out_dir, get_batch, evaluate, n_meta):
             if machine.peak_flops:
                 row['mfu'] = round(speed * flops_per_token / (machine.peak_flops * machine.world), 4)
             machine.say(f'iter {it:>6}/{cfg.max_iters}  loss {train_loss:.4f}  lr {lr:.2e}  grad {grad_norm:.2f}  {speed:,.0f} tokens/s'
-                        + (f"  mfu {row['mfu']:.1%}" if machine.peak_flops else '') + f'  {clock_face(left)} left')
+                        + (f"  mfu {row['mfu']:.1%}" if machine.peak_flops else '') + f'  {timedelta(seconds=int(left))} left')
             clock_it, clock = it, time.time()
         milestone = it % cfg.eval_interval == 0 or it == cfg.max_iters
         if milestone:
@@ -396,11 +396,6 @@ def fit(cfg, machine, model, checkpoint, out_dir, get_batch, evaluate, n_meta):
         signal.signal(number, handler)
     if not saved:
         raise UserError(f'the run is over, but {out_dir}/ckpt.pt could not be saved: make room, then --init_from=resume --out_dir={out_dir}')
-
-
-def clock_face(seconds):
-    hours, minutes = divmod(int(seconds) // 60, 60)
-    return f'{hours}:{minutes:02}:{int(seconds) % 60:02}' if hours else f'{minutes}:{int(seconds) % 60:02}'
 
 # ------------------------------------------------------------------------------
 # Pre-training

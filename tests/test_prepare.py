@@ -242,7 +242,7 @@ def test_special_tokens_in_text_stay_text(cli, tmp_path):
 BAD = {
     'no such source': (lambda d: None, 'nothing there'),
     'unknown suffix': (lambda d: (d / 'src/a.doc').write_text('x'), 'src/a.doc'),
-    'no text column': (lambda d: (d / 'src/a.jsonl').write_text('{"body": "x"}\n'), "line 1: no column 'text'"),
+    'no text column': (lambda d: (d / 'src/a.jsonl').write_text('{"body": "x"}\n'), "line 1: no column 'text' with text"),
     'text is a number': (lambda d: (d / 'src/a.jsonl').write_text('{"text": 3}\n'), 'line 1'),
     'broken json': (lambda d: (d / 'src/a.jsonl').write_text('{"text": "x"}\n{"text": \n'), 'line 2'),
     'not gzip': (lambda d: (d / 'src/a.json.gz').write_text('{"text": "x"}\n'), 'a.json.gz'),
