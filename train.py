@@ -10,7 +10,8 @@ Pre-train GPT-2 with meta-tokens and meta-attention.
 Writes out_dir/: config.json log.csv loss.png sample.txt ckpt.pt (the latest) best.pt (the lowest validation loss).
 Everything random is a function of (seed, iteration): data order, meta positions, dropout. So a resumed run is the run, bit for bit.
 """
-import csv, json, math, os, signal, time
+import atexit, csv, json, math, os, signal, time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
@@ -23,7 +24,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from model import GPT, GPTConfig
-from prepare import Blocks, PrepareConfig, UserError, load_data, meta_count, meta_token, padded_vocab_size, parse_config, prepare, run, token_bytes
+from prepare import Blocks, PrepareConfig, UserError, get_tokenizer, load_data, meta_count, meta_token, padded_vocab_size, parse_config, prepare, run, token_bytes
 
 
 @dataclass
@@ -110,6 +111,7 @@ class Machine:
             torch.set_float32_matmul_precision('high')
         if 'RANK' in os.environ:
             dist.init_process_group('nccl' if self.type == 'cuda' else 'gloo', device_id=self.device if self.type == 'cuda' else None)
+            atexit.register(dist.destroy_process_group)
         fast = 'float32' if self.type != 'cuda' else 'bfloat16' if torch.cuda.get_device_capability() >= (8, 0) else 'float16'
         self.dtype = fast if cfg.dtype == 'auto' else cfg.dtype
         self.autocast = nullcontext() if self.dtype == 'float32' else torch.autocast(self.type, getattr(torch, self.dtype))
@@ -161,7 +163,7 @@ def load_checkpoint(path):
         raise UserError(f'there is no checkpoint {path}; --init_from is scratch, resume or the path of a ckpt.pt')
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-        missing = {'model', 'optimizer', 'scaler', 'model_args', 'config', 'iter_num', 'best_val_loss'} - set(checkpoint)
+        missing = {'model', 'optimizer', 'scaler', 'model_args', 'config', 'iter_num', 'tokens', 'best_val_loss'} - set(checkpoint)
         missing |= {f.name for f in fields(GPTConfig)} - set(checkpoint.get('model_args', ()))
     except Exception as error:  # zip, pickle and type errors of every kind
         raise UserError(f'{path} is damaged, or no checkpoint ({type(error).__name__})')
@@ -184,21 +186,39 @@ def save_checkpoint(path, checkpoint):
         raise
 
 
-def open_run(cfg, given):
+def check_settings(cfg, machine):
+    """Raises UserError for numbers that no run can have."""
+    for f in fields(cfg):
+        value = getattr(cfg, f.name)
+        if f.type is int and value < (0 if f.name in ('seed', 'warmup_iters', 'lr_decay_iters') else 1):
+            raise UserError(f'--{f.name}={value} must be {"0" if f.name in ("seed", "warmup_iters", "lr_decay_iters") else "1"} or more')
+        if f.name in ('dropout', 'beta1', 'beta2') and not 0 <= value < 1:
+            raise UserError(f'--{f.name}={value} must be 0 or more, and less than 1')
+    if cfg.gradient_accumulation_steps % machine.world:
+        raise UserError(f'--gradient_accumulation_steps={cfg.gradient_accumulation_steps} counts over all processes: {machine.world} of them need a '
+                        f'multiple of {machine.world}')
+
+
+def tokenizer_of(checkpoint):
+    return get_tokenizer('bytes' if checkpoint['model_args']['meta_id'] == 257 else 'gpt2')
+
+
+def open_run(cfg, given, inherited):
     """
-    Settles the run's settings: returns (cfg, checkpoint or None, out_dir). A checkpoint brings its settings along, and the command line
-    overrides them; only where to write, and on what machine, a new run from a checkpoint does not inherit.
+    Settles the run's settings: returns (cfg, checkpoint or None, out_dir). A resumed run brings all its settings along, a new one from a
+    checkpoint those `inherited`; the command line overrides them.
 
     Raises UserError where a fresh run would write into a folder that holds one.
     """
     checkpoint, out_dir, resume = None, Path(cfg.out_dir or f'out/{cfg.preset}'), cfg.init_from == 'resume'
     if cfg.init_from != 'scratch':
         checkpoint = load_checkpoint(out_dir / 'ckpt.pt' if resume else cfg.init_from)
-        own = set() if resume else {'out_dir', 'preset', 'overwrite', 'eval_only', 'dtype', 'device', 'compile'}
+        if resume and checkpoint['config'].keys() != asdict(cfg).keys():
+            raise UserError(f'{out_dir} holds a run of another script (or version): see its config.json')
         if resume and given.get('optimizer', checkpoint['config']['optimizer']) != checkpoint['config']['optimizer']:
             raise UserError(f"--optimizer={cfg.optimizer}: the run goes on with the {checkpoint['config']['optimizer']} that it has the state of")
-        cfg = replace(cfg, **{f.name: checkpoint['config'][f.name] for f in fields(cfg) if f.name in checkpoint['config'] and f.name not in own} | given)
-    if (out_dir / 'ckpt.pt').exists() and not (resume or cfg.overwrite or cfg.eval_only):
+        cfg = replace(cfg, **{key: value for key, value in checkpoint['config'].items() if resume or key in inherited} | given)
+    if (out_dir / 'ckpt.pt').exists() and not (resume or cfg.overwrite or getattr(cfg, 'eval_only', False)):
         raise UserError(f'{out_dir} holds a run: go on with it (--init_from=resume --out_dir={out_dir}), write elsewhere (--out_dir=out/NAME), '
                         'or replace it (--overwrite=True)')
     return cfg, checkpoint, out_dir
@@ -206,30 +226,37 @@ def open_run(cfg, given):
 
 def read_log(out_dir):
     with open(out_dir / 'log.csv', newline='') as f:
-        return [row for row in csv.DictReader(f) if row['mfu'] is not None]  # less a last line that was cut off
+        return [row for row in csv.DictReader(f) if None not in row.values()]  # less a last line that was cut off
 
 
-def start_log(out_dir, rows):
+def start_log(out_dir, columns, rows):
     """A log.csv with these rows: none for a fresh run, those up to its checkpoint for a resumed one."""
     with open(out_dir / 'log.csv.tmp', 'w', newline='') as f:
-        writer = csv.DictWriter(f, COLUMNS)
+        writer = csv.DictWriter(f, columns)
         writer.writeheader()
         writer.writerows(rows)
     os.replace(out_dir / 'log.csv.tmp', out_dir / 'log.csv')
 
 
 def plot_log(out_dir):
-    """log.csv -> loss.png: training and validation loss over tokens."""
+    """log.csv -> loss.png: training and validation loss, and a fine-tuned model's exact match, over tokens."""
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout='constrained')
-    for column, label, style in ('train_loss', 'training', dict(color='0.6', lw=1)), ('val_loss', 'validation', dict(color='C0', marker='o', ms=4)):
-        points = [(float(r['tokens']), float(r[column])) for r in read_log(out_dir) if r[column]]
-        axes.plot(*zip(*points), label=label, **style) if points else None
-    axes.set(xlabel='tokens seen (positions, meta-tokens included)', ylabel='loss (nats per text token)', title=str(out_dir))
-    axes.grid(alpha=0.3)
-    axes.legend()
+    rows = read_log(out_dir)
+    lines = dict(train_loss=(0, 'training', dict(color='0.6', lw=1)), val_loss=(0, 'validation', dict(color='C0', marker='o', ms=4)),
+                 exact_match=(1, 'held-out prompts', dict(color='C0', marker='o', ms=4)))
+    n_panels = 1 + ('exact_match' in rows[0])
+    figure, axes = plt.subplots(n_panels, figsize=(7, 3 + 1.5 * n_panels), sharex=True, squeeze=False, layout='constrained')
+    for column, (panel, label, style) in lines.items():
+        points = [(float(r['tokens']), float(r[column])) for r in rows if r.get(column)]
+        axes[panel, 0].plot(*zip(*points), label=label, **style) if points else None
+    for ax, label in zip(axes[:, 0], ('loss (nats per text token)', 'exact match')):
+        ax.set(ylabel=label)
+        ax.grid(alpha=0.3)
+        ax.legend()
+    axes[0, 0].set(title=str(out_dir))
+    axes[-1, 0].set(xlabel='tokens seen (meta-tokens and padding included)' if n_panels > 1 else 'tokens seen (positions, meta-tokens included)')
     figure.savefig(out_dir / 'loss.png.tmp', format='png', dpi=120)
     plt.close(figure)
     os.replace(out_dir / 'loss.png.tmp', out_dir / 'loss.png')
@@ -264,13 +291,14 @@ def make_optimizers(model, cfg, machine):
 # ------------------------------------------------------------------------------
 # The loop
 
-def fit(cfg, machine, model, checkpoint, out_dir, get_batch, evaluate, n_meta):
+def fit(cfg, machine, model, checkpoint, out_dir, get_batch, evaluate, n_meta, columns=COLUMNS, status=lambda it: ''):
     """
     Trains `model` to max_iters and keeps the run's folder.
 
-    get_batch(i) -> idx, targets, int64 arrays: micro-batch i of the run, the same whoever asks. evaluate(model) -> dict(val_loss=..., val_bpb=...).
-    checkpoint: to resume from, or None. n_meta: the most meta-tokens a row can hold. SIGINT and SIGTERM finish the step, save, and exit; a
-    second one ends the process at once. Raises UserError after ten non-finite steps in a row.
+    get_batch(i) -> idx, targets, int64 arrays: micro-batch i of the run, the same whoever asks; those of one step have one shape. evaluate(model)
+    -> dict(val_loss=...) and whatever else of `columns`, the log's. checkpoint: to resume from, or None. n_meta: the most meta-tokens a row can
+    hold. status(it) -> words for the progress line. SIGINT and SIGTERM finish the step, save, and exit; a second one ends the process at once.
+    Raises UserError after ten non-finite steps in a row.
     """
     stop = []
 
@@ -281,41 +309,41 @@ def fit(cfg, machine, model, checkpoint, out_dir, get_batch, evaluate, n_meta):
 
     optimizers = make_optimizers(model, cfg, machine)
     scaler = torch.amp.GradScaler(machine.type, enabled=machine.dtype == 'float16')
-    it, best_val_loss = 0, float('inf')
+    it, tokens, best_val_loss = 0, 0, float('inf')
     if checkpoint:
         for optimizer, state in zip(optimizers, checkpoint['optimizer'], strict=True):
             optimizer.load_state_dict(state)
         if checkpoint['scaler']:  # empty unless that run was in float16
             scaler.load_state_dict(checkpoint['scaler'])
-        it, best_val_loss = checkpoint['iter_num'], checkpoint['best_val_loss']
+        it, tokens, best_val_loss = checkpoint['iter_num'], checkpoint['tokens'], checkpoint['best_val_loss']
     if machine.rank == 0:
         out_dir.mkdir(parents=True, exist_ok=True)
+        for name in () if checkpoint else ('ckpt.pt', 'best.pt'):  # of a run that --overwrite=True gives up
+            (out_dir / name).unlink(missing_ok=True)
         (out_dir / 'config.json').write_text(json.dumps(asdict(cfg), indent=2) + '\n')
-        start_log(out_dir, [row for row in read_log(out_dir) if int(row['iter']) <= it] if checkpoint else [])
+        start_log(out_dir, columns, [row for row in read_log(out_dir) if int(row['iter']) <= it] if checkpoint else [])
 
     compiled = ddp = machine.compiled(model, cfg)
     if machine.world > 1:
         ddp = DistributedDataParallel(compiled, device_ids=[machine.device] if machine.type == 'cuda' else None, broadcast_buffers=False)
     per_step = cfg.gradient_accumulation_steps
     per_rank = per_step // machine.world  # micro-batches; rank r takes the r-th share of each step's
-    tokens_per_step = per_step * cfg.batch_size * cfg.block_size
-    flops_per_token = model.flops_per_token(cfg.block_size, n_meta)
 
     def validate():
         row = evaluate(compiled)
-        bpb = f", {row['val_bpb']:.4f} bits per byte" if 'val_bpb' in row else ''
-        machine.say(f"iter {it:>6}/{cfg.max_iters}  validation loss {row['val_loss']:.4f} nats per text token{bpb}")
+        also = ''.join(f', {words.format(row[key])}' for key, words in (('val_bpb', '{:.4f} bits per byte'), ('exact_match', 'exact match {:.1%}')) if key in row)
+        machine.say(f"iter {it:>6}/{cfg.max_iters}  validation loss {row['val_loss']:.4f} nats per text token{also}")
         return row
 
     def write(row):
         if machine.rank == 0:
             with open(out_dir / 'log.csv', 'a', newline='') as f:
-                csv.DictWriter(f, COLUMNS).writerow(dict(row, iter=it, tokens=it * tokens_per_step))
+                csv.DictWriter(f, columns).writerow(dict(row, iter=it, tokens=tokens))
 
     def save(name):
         """True if it was saved, or is another rank's to save."""
         state = dict(model=model.state_dict(), optimizer=[o.state_dict() for o in optimizers], scaler=scaler.state_dict(),
-                     model_args=asdict(model.config), config=asdict(cfg), iter_num=it, best_val_loss=best_val_loss,
+                     model_args=asdict(model.config), config=asdict(cfg), iter_num=it, tokens=tokens, best_val_loss=best_val_loss,
                      rng={'seed': cfg.seed})  # with iter_num it decides everything random
         try:
             if machine.rank == 0:
@@ -328,22 +356,24 @@ def fit(cfg, machine, model, checkpoint, out_dir, get_batch, evaluate, n_meta):
     if not checkpoint:
         write(validate())
     skipped, saved = 0, True
-    start_it, start_time = clock_it, clock = it, time.time()
-    batch = machine.to_device(*get_batch(it * per_step + machine.rank * per_rank))
+    start_it, start_time, clock_tokens, clock = it, time.time(), tokens, time.time()
+    ahead = ThreadPoolExecutor(1)  # makes the next batch while this one is computed on
+    batch = ahead.submit(get_batch, it * per_step + machine.rank * per_rank)
     while it < cfg.max_iters:
-        # one step: forward and backward over the micro-batches, the next one fetched while the device still computes
+        # one step: forward and backward over the micro-batches
         loss_sum = torch.zeros((), device=machine.device)
         for n in range(per_rank):
             micro = it * per_step + machine.rank * per_rank + n  # counted over the whole run
+            idx, targets = machine.to_device(*batch.result())
+            batch = ahead.submit(get_batch, micro + 1 if n < per_rank - 1 else micro + 1 + per_step - per_rank)
             if cfg.dropout:
                 torch.manual_seed(int(np.random.SeedSequence([cfg.seed, micro]).generate_state(1)[0]))
             if machine.world > 1:
                 ddp.require_backward_grad_sync = n == per_rank - 1
             with machine.autocast:
-                loss = ddp(*batch, n_meta=n_meta)[1] / per_rank
+                loss = ddp(idx, targets, n_meta=n_meta)[1] / per_rank
             scaler.scale(loss).backward()
             loss_sum += loss.detach()
-            batch = machine.to_device(*get_batch(micro + 1 if n < per_rank - 1 else micro + 1 + per_step - per_rank))
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or float('inf')).item()
@@ -357,7 +387,7 @@ def fit(cfg, machine, model, checkpoint, out_dir, get_batch, evaluate, n_meta):
                 scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
         scaler.update()
-        it += 1
+        it, tokens = it + 1, tokens + per_step * idx.numel()
 
         skipped = 0 if finite else skipped + 1
         if skipped:
@@ -367,14 +397,14 @@ def fit(cfg, machine, model, checkpoint, out_dir, get_batch, evaluate, n_meta):
                             + (f'. {out_dir}/ckpt.pt is the last good checkpoint' if (out_dir / 'ckpt.pt').exists() else ''))
         row = {}
         if it % cfg.log_interval == 0:
-            speed = (it - clock_it) * tokens_per_step / (time.time() - clock)
+            speed = (tokens - clock_tokens) / (time.time() - clock)
             left = (time.time() - start_time) / (it - start_it) * (cfg.max_iters - it)
             row = dict(train_loss=train_loss, lr=lr, grad_norm=grad_norm, tokens_per_s=round(speed))
             if machine.peak_flops:
-                row['mfu'] = round(speed * flops_per_token / (machine.peak_flops * machine.world), 4)
-            machine.say(f'iter {it:>6}/{cfg.max_iters}  loss {train_loss:.4f}  lr {lr:.2e}  grad {grad_norm:.2f}  {speed:,.0f} tokens/s'
+                row['mfu'] = round(speed * model.flops_per_token(idx.shape[1], n_meta) / (machine.peak_flops * machine.world), 4)
+            machine.say(f'iter {it:>6}/{cfg.max_iters}  {status(it)}loss {train_loss:.4f}  lr {lr:.2e}  grad {grad_norm:.2f}  {speed:,.0f} tokens/s'
                         + (f"  mfu {row['mfu']:.1%}" if machine.peak_flops else '') + f'  {timedelta(seconds=int(left))} left')
-            clock_it, clock = it, time.time()
+            clock_tokens, clock = tokens, time.time()
         milestone = it % cfg.eval_interval == 0 or it == cfg.max_iters
         if milestone:
             row.update(validate())
@@ -388,7 +418,7 @@ def fit(cfg, machine, model, checkpoint, out_dir, get_batch, evaluate, n_meta):
                 save('best.pt')
             saved = save('ckpt.pt')
         if milestone:
-            clock_it, clock = it, time.time()
+            clock_tokens, clock = tokens, time.time()
         if stopping:
             machine.say(f'stopped after iter {it}' + (f', and saved; go on with --init_from=resume --out_dir={out_dir}' if saved and good else ', not saved'))
             raise SystemExit(128 + (stop or [signal.SIGTERM])[0])
@@ -465,24 +495,16 @@ def sample_text(model, tok, cfg, machine, n_samples=3, n_tokens=300):
 
 def main():
     cfg, given = parse_config(TrainConfig, PRESETS, doc=__doc__)
-    cfg, checkpoint, out_dir = open_run(cfg, given)
+    inherited = asdict(cfg).keys() - {'out_dir', 'preset', 'overwrite', 'eval_only', 'dtype', 'device', 'compile'}  # but where to, and on what machine
+    cfg, checkpoint, out_dir = open_run(cfg, given, inherited)
+    machine = Machine(cfg)
+    check_settings(cfg, machine)
     n_meta, micros = meta_count(cfg.block_size, cfg.meta_rate), cfg.gradient_accumulation_steps
-    for key in 'batch_size', 'gradient_accumulation_steps', 'block_size', 'n_layer', 'n_head', 'n_embd', 'eval_interval', 'eval_iters', 'log_interval', 'max_iters':
-        if getattr(cfg, key) < 1:
-            raise UserError(f'--{key}={getattr(cfg, key)} must be 1 or more')
     if not 0 <= cfg.meta_rate < 1 or n_meta >= cfg.block_size:
         raise UserError(f'--meta_rate={cfg.meta_rate} must be a share: 0 or more, and low enough to leave room for text')
-    for key in 'dropout', 'beta1', 'beta2':
-        if not 0 <= getattr(cfg, key) < 1:
-            raise UserError(f'--{key}={getattr(cfg, key)} must be 0 or more, and less than 1')
-    if cfg.seed < 0:
-        raise UserError(f'--seed={cfg.seed} must be 0 or more')
     if cfg.meta_attn and n_meta == 0:
         raise UserError(f'meta-attention needs meta-tokens, and --meta_rate={cfg.meta_rate} puts none into a block of {cfg.block_size}: '
                         'raise it, or add --meta_attn=False')
-    machine = Machine(cfg)
-    if micros % machine.world:
-        raise UserError(f'--gradient_accumulation_steps={micros} counts over all processes: {machine.world} of them need a multiple of {machine.world}')
     if os.environ.get('LOCAL_RANK', '0') == '0' and cfg.dataset == 'stdlib' and not Path('data/stdlib').exists():  # on every node
         machine.say("making data/stdlib, the source text of this Python's standard library")
         prepare(PrepareConfig(source='stdlib', tokenizer='bytes'))
@@ -514,9 +536,6 @@ run     {out_dir}: {cfg.max_iters:,} steps, {epochs:.2f} epochs{', so text is se
         row = evaluate(model)
         machine.say(f"validation loss {row['val_loss']:.4f} nats per text token, {row['val_bpb']:.4f} bits per byte")
         return
-    if machine.rank == 0 and cfg.init_from != 'resume':
-        for name in 'ckpt.pt', 'best.pt':  # of the run that --overwrite=True gives up
-            (out_dir / name).unlink(missing_ok=True)
     fit(cfg, machine, model, checkpoint if cfg.init_from == 'resume' else None, out_dir,
         lambda i: train.batch(i * cfg.batch_size, cfg.batch_size), evaluate, n_meta)
     if machine.rank == 0:
@@ -535,8 +554,4 @@ next    look at {out_dir}/loss.png
 
 
 if __name__ == '__main__':
-    try:
-        run(main)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    run(main)
