@@ -4,6 +4,10 @@ Measure things, one sub-command each.
     python evaluate.py tasks --ckpt=out/tiny-list_recall/best.pt      # accuracy by prompt length, meta-tokens zeroed: a table, a picture
     python evaluate.py tasks --ckpt=out/A/best.pt,out/B/best.pt --task=all --lengths=64,128,256   # models side by side
     python evaluate.py perplexity --ckpt=out/tiny/best.pt --text=book.txt   # of text tokens, by sliding window, and by position in it
+    python evaluate.py sharpening --ckpt=out/tiny/best.pt        # do meta-tokens sharpen attention? (entropy, largest logit)
+    python evaluate.py caching --ckpt=out/tiny/best.pt           # do they cache what stood before them? (cosine similarity by distance)
+    python evaluate.py rate_distortion --ckpt=out/tiny-list_recall/best.pt   # do they keep more of the answer per nat? (information bottleneck)
+    python evaluate.py theory                          # the paper's two theorems, run
     python evaluate.py speed                           # what a training step costs: plain GPT-2, meta-attention, its dense form
     python evaluate.py speed --nanogpt=../nanoGPT      # and nanoGPT's own model.py beside them
     python evaluate.py speed -h                        # every setting of a sub-command
@@ -22,7 +26,7 @@ import torch.nn.functional as F
 
 from finetune import TASKS, examples, grade, width_for
 from model import GPT, GPTConfig
-from prepare import UserError, encode, inject_meta_tokens, load_data, local_files, meta_count, parse_config, read_file, run, token_bytes
+from prepare import Blocks, UserError, encode, inject_meta_tokens, load_data, local_files, meta_count, parse_config, read_file, run, token_bytes
 from train import Machine, TrainConfig, load_checkpoint, make_optimizers, tokenizer_of
 
 # ------------------------------------------------------------------------------
@@ -114,7 +118,7 @@ def tasks(argv):
         raise UserError(f'--n_examples={cfg.n_examples} must be 1 or more')
     machine = Machine(cfg)
     models = load_models(cfg.ckpt, cfg.yarn_scale, machine)
-    chosen = TASKS if cfg.task == 'all' else (cfg.task,)
+    chosen = list(TASKS) if cfg.task == 'all' else [cfg.task]
     cells, too_long = {}, False
     with tqdm(total=len(chosen) * len(lengths) * len(models) * len(ZEROED), unit=' cells') as bar:
         for task in chosen:
@@ -123,7 +127,7 @@ def tasks(argv):
                 for m in models:
                     tok, config, width = m['tok'], m['model'].config, width_for({task: length})
                     if tok.name not in rows:
-                        stream = examples(task, length, 'test', [1, TASKS.index(task), length], tok)
+                        stream = examples(task, length, 'test', [1, list(TASKS).index(task), length], tok)
                         rows[tok.name] = [next(stream) for _ in range(cfg.n_examples)]
                     for zero_meta in ZEROED:
                         bar.set_postfix_str(f"{task} {length} {m['name']}")
@@ -298,6 +302,372 @@ def perplexity(argv):
     write_results(cfg.ckpt, 'perplexity', figure, dict(settings=asdict(cfg), results=results))
 
 # ------------------------------------------------------------------------------
+# Inside the model: sharpening and caching (paper, section 5 and Figure 2)
+
+@dataclass
+class InsideConfig:
+    ckpt: str = 'out/tiny/best.pt'  # a checkpoint trained with meta-tokens
+    dataset: str = ''            # validation text of data/DATASET; empty: what the checkpoint was trained on
+    n_rows: int = 64             # rows of text, each as long as the model's block
+    batch_size: int = 8          # rows at a time
+    device: str = 'auto'         # auto | cpu | cuda | mps
+    dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'float32'  # of matrix products
+
+
+def open_inside(cls, doc, argv):
+    """(cfg, machine, name, model, tok, idx (n_rows, T) of validation text with meta-tokens). Raises UserError."""
+    cfg, _ = parse_config(cls, argv=argv, doc=doc)
+    if cfg.n_rows < 2 or cfg.batch_size < 1:
+        raise UserError(f'--n_rows={cfg.n_rows} must be 2 or more, --batch_size={cfg.batch_size} 1 or more')
+    machine = Machine(cfg)
+    m, = load_models(cfg.ckpt.split(',')[0], 1.0, machine)
+    config, trained = m['model'].config, m['checkpoint']['config']
+    rate = trained.get('meta_rate', 0.1 if config.meta_attn else 0.0)
+    if not meta_count(config.block_size, rate):
+        raise UserError(f'{cfg.ckpt} was trained without meta-tokens: there is nothing to measure here; name one that was, with --ckpt=')
+    data = load_data(cfg.dataset or trained.get('dataset', 'stdlib'))
+    if data.tok.name != m['tok'].name:
+        raise UserError(f'--dataset={cfg.dataset} holds tokens of {data.tok.name}, the model knows those of {m["tok"].name}')
+    blocks = Blocks(data.val, config.block_size, rate, config.meta_id, 0)
+    if blocks.n_chunks < cfg.n_rows:
+        raise UserError(f'--n_rows={cfg.n_rows}: the validation text has only {blocks.n_chunks}')
+    return cfg, machine, m['name'], m['model'], m['tok'], torch.from_numpy(blocks.batch(0, cfg.n_rows)[0])
+
+
+def look_inside(model, idx, zero_meta=None):
+    """idx (B, T) -> for each block: its causal attention, the arguments that was called with, the residual stream after the block (B, T, C)."""
+    seen, hooks = [], []
+    for block in model.transformer.h:
+        hooks.append(block.attn.register_forward_pre_hook(lambda attn, args: seen.append([attn, args])))
+        hooks.append(block.register_forward_hook(lambda block, args, x: seen[-1].append(x)))
+    with torch.no_grad():
+        model.hidden(idx, zero_meta)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+@torch.no_grad()
+def attention_logits(attn, x, rope):
+    """What the softmax of a causal attention sees, (B, H, T, T): Q K^T / sqrt(D), -inf above the diagonal."""
+    q, k, _ = attn.qkv(x, rope)
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+    return scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1), -torch.inf)
+
+
+def bootstrap(rows, n=1000):
+    """The mean over the first axis and its 95% interval, the rows drawn again n times: (mean, low, high)."""
+    rng = np.random.default_rng(0)
+    means = np.stack([rows[rng.integers(len(rows), size=len(rows))].mean(axis=0) for _ in range(n)])
+    return rows.mean(axis=0), *np.percentile(means, (2.5, 97.5), axis=0)
+
+
+def sharpening(argv):
+    """Do meta-tokens sharpen attention? Entropy and largest logit of the causal attention's rows at text tokens: as is, meta-tokens' embeddings zeroed, meta-tokens removed."""
+    cfg, machine, name, model, tok, idx = open_inside(InsideConfig, sharpening.__doc__, argv)
+    is_text = idx != model.config.meta_id                                            # (n_rows, T)
+    removed = idx[is_text].view(len(idx), -1)                                        # (n_rows, W)
+    measured = {}                                                                    # (n_rows, 2, L, H, W - 1): entropy and largest logit
+    for case, rows, zero_meta in ('as is', idx, None), ('zeroed', idx, 'embedding'), ('removed', removed, None):
+        parts = []
+        for n in range(0, len(rows), cfg.batch_size):
+            batch, text = rows[n:n + cfg.batch_size].to(machine.device), is_text[n:n + cfg.batch_size].to(machine.device)
+            layers = []
+            for attn, args, _ in look_inside(model, batch, zero_meta):
+                logits = attention_logits(attn, *args)                               # (B, H, T, T)
+                both = torch.stack((torch.special.entr(logits.softmax(-1)).sum(-1), logits.amax(-1)), dim=1)    # (B, 2, H, T)
+                if case != 'removed':
+                    both = both.movedim(3, 1)[text].view(len(batch), -1, *both.shape[1:3]).movedim(1, 3)        # (B, 2, H, W)
+                layers.append(both[..., 1:])                                         # the first text token sees one token or few: no choice
+            parts.append(torch.stack(layers, dim=2).cpu().numpy())
+        measured[case] = np.concatenate(parts)
+    results, table = {}, []
+    for case, words in ('zeroed', 'against zeroed embeddings'), ('removed', 'against the text without them'):
+        change = measured['as is'] - measured[case]                                  # (n_rows, 2, L, H, W - 1)
+        by_head = bootstrap(change.mean(axis=4))                                     # 3 x (2, L, H)
+        total = bootstrap(change.mean(axis=(2, 3, 4)))                               # 3 x (2,)
+        results[case] = {what: dict(mean=float(total[0][w]), interval_95=[float(total[1][w]), float(total[2][w])],
+                                    by_layer_and_head=dict(zip(('mean', 'low', 'high'), (x[w].tolist() for x in by_head))))
+                         for w, what in enumerate(('entropy', 'largest_logit'))}
+        for layer in range(change.shape[2]):
+            table.append([words, layer, *(f'{x:+.3f}' for w in (0, 1) for x in (change[:, w, layer].mean(), *by_head[0][w, layer]))])
+    heads = [f'head {h}' for h in range(model.config.n_head)]
+    print(f'{name}: change by the presence of meta-tokens, at text tokens of {len(idx)} rows; entropy in nats\n')
+    print(markdown(['', 'layer', 'entropy', *heads, 'largest logit', *heads], table) + '\n')
+    for case, words in ('zeroed', 'with their embeddings zeroed'), ('removed', 'without them'):
+        e, p = results[case]['entropy'], results[case]['largest_logit']
+        verdict = ['refuted', 'not resolved', 'confirmed']
+        fell, rose = (1 + (r['interval_95'][0] > 0) - (r['interval_95'][1] < 0) for r in (dict(interval_95=[-x for x in e['interval_95'][::-1]]), p))
+        print(f"compared to the same text {words}: entropy {e['mean']:+.3f} ({e['interval_95'][0]:+.3f} to {e['interval_95'][1]:+.3f}), \"it falls\" is {verdict[fell]}; "
+              f"largest logit {p['mean']:+.3f} ({p['interval_95'][0]:+.3f} to {p['interval_95'][1]:+.3f}), \"it rises\" is {verdict[rose]}")
+    plt = pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout='constrained')
+    for w, (ax, label) in enumerate(zip(axes, ('change of entropy (nats)', 'change of the largest logit'))):
+        change = {case: (measured['as is'] - measured[case])[:, w].ravel() for case in results}
+        low, high = np.percentile(np.concatenate(list(change.values())), (0.5, 99.5))
+        for (case, words), style in zip((('zeroed', 'against zeroed embeddings'), ('removed', 'against text without them')),
+                                        (dict(color='C0', alpha=0.6), dict(color='k', histtype='step', lw=1.5))):
+            ax.hist(change[case], bins=np.linspace(low, high, 81), density=True, label=f'{words}: mean {change[case].mean():+.2f}', **style)
+        ax.axvline(0, color='0.5', lw=1)
+        ax.set(xlabel=label + ' by the presence of meta-tokens', ylabel='density (per layer, head and text token)')
+        ax.margins(y=0.2)
+        ax.legend(fontsize=8, loc='upper left')
+    figure.suptitle(name)
+    write_results(cfg.ckpt, 'sharpening', figure, dict(settings=asdict(cfg), change=results))
+
+
+def caching(argv):
+    """Do meta-tokens cache what stood before them? Cosine similarity of the residual stream at a meta-token with that at earlier text tokens, by distance;
+    the same for text tokens; and how much text tokens attend to meta-tokens."""
+    cfg, machine, name, model, tok, idx = open_inside(InsideConfig, caching.__doc__, argv)
+    L, T = model.config.n_layer, idx.shape[1]
+    sums, counts = np.zeros((2, L, len(idx), T)), np.zeros((2, len(idx), T))         # (meta or text, layer, row, distance)
+    looked, uniform = np.zeros((len(idx), L)), np.zeros(len(idx))
+    distance = (torch.arange(T)[:, None] - torch.arange(T)).clamp(min=0)             # (T, T) from a token back to an earlier one
+    for n in range(0, len(idx), cfg.batch_size):
+        batch = idx[n:n + cfg.batch_size].to(machine.device)
+        is_meta = (batch == model.config.meta_id).cpu()
+        pairs = torch.ones(T, T, dtype=torch.bool).tril(-1) & ~is_meta[:, None, :]   # (B, T, T): to earlier text tokens
+        seen_meta = (is_meta[:, None, :] * torch.ones(T, T).tril()).sum(-1) / torch.arange(1, T + 1)  # (B, T) share of meta-tokens among those it sees
+        uniform[n:n + len(batch)] = [(share[~meta]).mean() for share, meta in zip(seen_meta, is_meta)]
+        for layer, (attn, args, x) in enumerate(look_inside(model, batch)):
+            unit = F.normalize(x, dim=-1)
+            cosine = (unit @ unit.transpose(1, 2)).cpu()                             # (B, T, T)
+            weight = attention_logits(attn, *args).softmax(-1).mean(1).cpu()         # (B, T, T), mean over heads
+            for b in range(len(batch)):
+                looked[n + b, layer] = (weight[b] * is_meta[b]).sum(-1)[~is_meta[b]].mean()
+                for kind, rows in enumerate((is_meta[b], ~is_meta[b])):
+                    chosen = pairs[b] & rows[:, None]
+                    sums[kind, layer, n + b] = np.bincount(distance[chosen], cosine[b][chosen], T)
+                    counts[kind, n + b] = np.bincount(distance[chosen], minlength=T)
+            if n == 0:
+                example = cosine[0].numpy()                                          # of the last layer, in the end
+    edges = np.unique(np.round(np.geomspace(1, T, 16)).astype(int))                  # distances from edge to edge are one point of the curve
+    bins = np.add.reduceat(sums, edges[:-1], axis=3), np.add.reduceat(counts, edges[:-1], axis=2)
+    curve = bins[0] / np.maximum(bins[1], 1)[:, None]                                # (2, L, n_rows, points)
+    mean, low, high = bootstrap(curve.transpose(2, 0, 1, 3))                         # 3 x (2, L, points)
+    looked_mean, looked_low, looked_high = bootstrap(looked)
+    near, far = [(edges[:-1] <= 4), (edges[:-1] >= T // 8)]
+    fade = bootstrap(curve[..., near].mean(-1).transpose(2, 0, 1) - curve[..., far].mean(-1).transpose(2, 0, 1))  # 3 x (2, L)
+    print(f'{name}: {len(idx)} rows. Fading: cosine at a distance of up to 4, less that from {T // 8} on. Attention: share that text tokens give to meta-tokens, whose share '
+          f'among the tokens they see is {100 * uniform.mean():.1f}%\n')
+    print(markdown(['layer', 'fading at meta-tokens', 'at text tokens (control)', 'attention to meta-tokens, %'],
+                   [[layer, *(f'{fade[0][k, layer]:+.3f} ({fade[1][k, layer]:+.3f} to {fade[2][k, layer]:+.3f})' for k in (0, 1)),
+                     f'{100 * looked_mean[layer]:.1f} ({100 * looked_low[layer]:.1f}-{100 * looked_high[layer]:.1f})'] for layer in range(L)]) + '\n')
+    more = bootstrap(curve[0, -1][:, near].mean(-1) - curve[0, -1][:, far].mean(-1) - curve[1, -1][:, near].mean(-1) + curve[1, -1][:, far].mean(-1))
+    fades = 'fades' if fade[1][0, -1] > 0 else 'does not fade'
+    versus = 'more than' if more[1] > 0 else 'less than' if more[2] < 0 else 'as much as'
+    print(f'after the last block, what a meta-token holds {fades} with distance, and does so {versus} what a text token holds; text tokens look at meta-tokens '
+          f"{'more' if looked_low.mean() > uniform.mean() else 'less' if looked_high.mean() < uniform.mean() else 'as much'} than uniform attention would")
+    plt = pyplot()
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5), width_ratios=(1, 1.5), layout='constrained')
+    for kind, label, color, marker in (0, 'meta-tokens', 'C0', 'o'), (1, 'text tokens (control)', 'k', 's'):
+        left.plot(edges[:-1], mean[kind, -1], color=color, marker=marker, ms=4, label=label)
+        left.fill_between(edges[:-1], low[kind, -1], high[kind, -1], color=color, alpha=0.25)
+    left.set(xscale='log', xlabel='distance back to a text token (positions)', ylabel='cosine similarity after the last block')
+    left.grid(alpha=0.3)
+    left.legend()
+    shown = slice(max(0, T // 2 - 30), T // 2 + 30)                                  # sixty tokens from the middle of the first row
+    ids = idx[0, shown].tolist()
+    words = ['\u25c6' if i == model.config.meta_id else tok.decode([i]).replace('\n', '\u23ce').replace(' ', '\u2423') for i in ids]
+    rows = [n for n, i in enumerate(ids) if i == model.config.meta_id]
+    picture = np.ma.masked_where([[column > row for column in range(len(ids))] for row in rows], example[shown, shown][rows])
+    image = right.imshow(picture, aspect='auto', cmap='viridis', interpolation='nearest')
+    right.set_xticks(range(len(ids)), words, fontsize=7, rotation=0 if tok.name == 'bytes' else 90)
+    right.set_yticks(range(len(rows)), [f'\u25c6 {shown.start + row}' for row in rows], fontsize=8)
+    right.set(xlabel='token', ylabel='meta-token, at its position')
+    figure.colorbar(image, ax=right, label='cosine similarity')
+    figure.suptitle(name)
+    write_results(cfg.ckpt, 'caching', figure, dict(settings=asdict(cfg), distance=edges[:-1].tolist(), curves={
+        kind: {part: x[k].tolist() for part, x in (('mean', mean), ('low', low), ('high', high))} for k, kind in enumerate(('meta', 'text'))},
+        fading=dict(zip(('mean', 'low', 'high'), (x.tolist() for x in fade))), attention_to_meta=looked_mean.tolist(), meta_share=float(uniform.mean())))
+
+# ------------------------------------------------------------------------------
+# rate_distortion: what the hidden state of the last meta-token tells about the answer per nat kept of it (paper, section 5)
+
+@dataclass
+class RateDistortionConfig:
+    ckpt: str = 'out/tiny-list_recall/best.pt'  # fine-tuned: the target is the task's answer; pre-trained: the next token after a meta-token
+    n_train: int = 2000          # examples to train the bottleneck on
+    n_test: int = 1000           # held-out examples, on which rate and distortion are measured
+    n_betas: int = 10            # bottlenecks, of beta from 0.001 to 1 in equal ratios
+    n_seeds: int = 5             # initial weights of each
+    z_dim: int = 16              # size of the bottleneck
+    n_steps: int = 600           # of Adam, in batches of 250
+    device: str = 'auto'         # auto | cpu | cuda | mps
+    dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'float32'  # of matrix products
+
+
+def bottleneck_examples(m, n, split, machine):
+    """n examples: hidden states h (3, n, C), of the last meta-token, the last text token, the last meta-token without its position; targets y (n,)."""
+    model, tok, trained = m['model'], m['tok'], m['checkpoint']['config']
+    meta_id, rows = model.config.meta_id, []
+    if 'task' in trained:                                         # y is the answer's first token that is not a space
+        names = list(TASKS) if trained['task'] == 'all' else [trained['task']]
+        streams = [examples(name, trained['train_length'], split, [2, k, split == 'test'], tok) for k, name in enumerate(names)]
+        for k in range(n):
+            prompt, answer = next(streams[k % len(streams)])
+            rows.append((prompt, next(i for i in answer if tok.decode([i]).strip())))
+    else:                                                         # a row of text, its last position a meta-token; y is the token after it
+        data, rate, T = load_data(trained['dataset']), trained['meta_rate'], model.config.block_size
+        idx, targets = Blocks(data.val if split == 'test' else data.train, T - 1, rate, meta_id, 1).batch(0, n)
+        rows = [(row.tolist() + [meta_id], int(y)) for row, y in zip(idx, targets[:, -1])]
+    width, h = max(len(prompt) for prompt, _ in rows), [[], [], []]
+    for k in range(0, n, 64):
+        part = rows[k:k + 64]
+        idx = np.full((len(part), width), tok.eot_token)
+        for b, (prompt, _) in enumerate(part):
+            idx[b, :len(prompt)] = prompt
+        last = [[max(t for t, i in enumerate(prompt) if (i == meta_id) == want) for prompt, _ in part] for want in (True, False)]
+        idx, = machine.to_device(idx)
+        for curve, (zero_meta, place) in enumerate(((None, last[0]), (None, last[1]), ('position', last[0]))):
+            with torch.no_grad(), machine.autocast:
+                h[curve].append(model.hidden(idx, zero_meta)[torch.arange(len(part)), place].float())
+    return torch.stack([torch.cat(x) for x in h]), torch.tensor([y for _, y in rows], device=machine.device)
+
+
+def fit_bottlenecks(h, y, h_test, y_test, betas, n_seeds, z_dim, n_steps):
+    """
+    z ~ N(mu(h), diag sigma(h)^2), decoded as softmax(W z + b), trained on -log q(y|z) + beta KL(q(z|h) || N(0, I)); all betas and seeds at once.
+    h (n, C), y (n,) class numbers. Returns rate and distortion of the test examples, in nats: each (n_seeds, len(betas), n_test).
+    """
+    n_classes, K = int(y.max()) + 1, n_seeds * len(betas)
+    beta = torch.tensor(betas, device=h.device).float().repeat(n_seeds)[:, None]     # (K, 1)
+    h_mean, h_std = h.mean(0), h.std(0) + 1e-6
+    generator = torch.Generator().manual_seed(0)
+
+    def new(*shape):  # the same start for every beta of a seed
+        w = torch.randn(n_seeds, 1, *shape, generator=generator).expand(-1, len(betas), *shape[:-1], -1).reshape(K, *shape)
+        return (w / shape[0] ** 0.5).to(h.device).requires_grad_()
+    encoder, decoder = new(h.shape[1], 2 * z_dim), new(z_dim, n_classes)
+    offsets = [torch.zeros(K, 1, size, device=h.device, requires_grad=True) for size in (2 * z_dim, n_classes)]
+
+    def rate_and_distortion(h, y):                                                   # (K, n) both
+        mu, log_var = torch.baddbmm(offsets[0], ((h - h_mean) / h_std).expand(K, *h.shape), encoder).chunk(2, dim=-1)
+        noise = torch.randn(mu.shape, generator=generator).to(h.device)
+        z = mu + noise * (log_var / 2).exp()
+        rate = 0.5 * (mu ** 2 + log_var.exp() - 1 - log_var).sum(-1)
+        logits = torch.baddbmm(offsets[1], z, decoder)
+        return rate, F.cross_entropy(logits.transpose(1, 2), y.expand(K, *y.shape), reduction='none')
+    optimizer = torch.optim.Adam([encoder, decoder, *offsets], lr=5e-3)
+    for _ in range(n_steps):
+        batch = torch.randint(len(h), (250,), generator=generator).to(h.device)
+        rate, distortion = rate_and_distortion(h[batch], y[batch])
+        (distortion + beta * rate).mean(1).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        results = [torch.stack(rate_and_distortion(h_test, y_test)) for _ in range(8)]  # eight draws of z
+    return torch.stack(results).mean(0).view(2, n_seeds, len(betas), -1).cpu().numpy()
+
+
+def lower_at_equal_rate(one, other):
+    """Two curves (2, points) of rate and distortion: the mean of one's distortion less other's over the rates that both reach; nan if there are none."""
+    one, other = (x[:, np.argsort(x[0])] for x in (one, other))
+    low, high = max(one[0, 0], other[0, 0]), min(one[0, -1], other[0, -1])
+    rates = np.linspace(low, high, 50)
+    return np.nan if low >= high else (np.interp(rates, *one) - np.interp(rates, *other)).mean()
+
+
+def rate_distortion(argv):
+    """The rate-distortion curve of the last meta-token's hidden state against the last text token's: a frozen model, a variational information bottleneck."""
+    cfg, _ = parse_config(RateDistortionConfig, argv=argv, doc=rate_distortion.__doc__)
+    for key in 'n_train', 'n_test', 'n_betas', 'n_seeds', 'z_dim', 'n_steps':
+        if getattr(cfg, key) < 2:
+            raise UserError(f'--{key}={getattr(cfg, key)} must be 2 or more')
+    machine = Machine(cfg)
+    m, = load_models(cfg.ckpt.split(',')[0], 1.0, machine)
+    trained = m['checkpoint']['config']
+    if 'task' not in trained and not meta_count(trained['block_size'], trained['meta_rate']):
+        raise UserError(f'{cfg.ckpt} was trained without meta-tokens: it has no last meta-token; name a model that was, with --ckpt=')
+    (h, y), (h_test, y_test) = (bottleneck_examples(m, n, split, machine) for n, split in ((cfg.n_train, 'train'), (cfg.n_test, 'test')))
+    classes = sorted(set(y.tolist()))                                                # a test target that training never saw counts as the last class
+    y, y_test = (torch.tensor([classes.index(i) if i in classes else len(classes) - 1 for i in x.tolist()], device=machine.device) for x in (y, y_test))
+    betas = np.geomspace(1e-3, 1, cfg.n_betas).tolist()
+    names = 'last meta-token', 'last text token', 'last meta-token, position zeroed'
+    curves = np.stack([fit_bottlenecks(h[c], y, h_test[c], y_test, betas, cfg.n_seeds, cfg.z_dim, cfg.n_steps) for c in range(3)])  # (3, 2, seeds, betas, n_test)
+    mean = curves.mean(axis=(2, 4))                                                  # (3, 2, betas)
+    rng, drawn = np.random.default_rng(0), []
+    for _ in range(200):                                                             # both the seeds and the held-out examples drawn again
+        sample = curves[:, :, rng.integers(cfg.n_seeds, size=cfg.n_seeds)].mean(2)[..., rng.integers(cfg.n_test, size=cfg.n_test)].mean(-1)
+        drawn.append([lower_at_equal_rate(sample[c], sample[1]) for c in (0, 2)])
+    low, high = np.nanpercentile(drawn, (2.5, 97.5), axis=0)
+    spread = np.percentile(curves.mean(-1), (2.5, 97.5), axis=2)                     # (2, 3, 2, betas), over the seeds
+    print(f"{m['name']}: {cfg.n_train} training and {cfg.n_test} held-out examples, {len(classes)} classes, {cfg.n_seeds} seeds; rate and distortion in nats, held out\n")
+    print(markdown(['beta', *(f'{name}: {what}' for name in names for what in ('rate', 'distortion'))],
+                   [[f'{beta:.3g}', *(f'{mean[c, w, b]:.3f}' for c in range(3) for w in (0, 1))] for b, beta in enumerate(betas)]) + '\n')
+    verdicts = {}
+    for k, c in enumerate((0, 2)):
+        difference = lower_at_equal_rate(mean[c], mean[1])
+        verdicts[names[c]] = dict(difference=float(difference), interval_95=[float(low[k]), float(high[k])],
+                                  lower='yes' if high[k] < 0 else 'no' if low[k] > 0 else 'not resolved')
+        print(f'{names[c]} against last text token: lower at equal rate: {verdicts[names[c]]["lower"]} ({difference:+.3f} nats, {low[k]:+.3f} to {high[k]:+.3f})')
+    plt = pyplot()
+    figure, ax = plt.subplots(figsize=(7, 5), layout='constrained')
+    for c, style in enumerate((dict(color='C0', marker='o'), dict(color='k', marker='s', ls='--'), dict(color='C1', marker='^', ls=':'))):
+        ax.errorbar(*mean[c], xerr=np.abs(spread[:, c, 0] - mean[c, 0]), yerr=np.abs(spread[:, c, 1] - mean[c, 1]), capsize=2, label=names[c], **style)
+    ax.set(xlabel='rate (nats kept of the hidden state)', ylabel='distortion (nats of uncertainty about the target)', title=m['name'])
+    ax.grid(alpha=0.3)
+    ax.legend()
+    write_results(cfg.ckpt, 'rate_distortion', figure, dict(settings=asdict(cfg), beta=betas, verdicts=verdicts, curves={
+        name: dict(rate=mean[c, 0].tolist(), distortion=mean[c, 1].tolist()) for c, name in enumerate(names)}))
+
+# ------------------------------------------------------------------------------
+# theory: the paper's two theorems, as things to run
+
+def entropy(logits):
+    """Shannon entropy, in nats, of softmax(logits (..., n))."""
+    return torch.special.entr(logits.softmax(-1)).sum(-1)
+
+
+def entropy_slope(logits, j):
+    """
+    dH/d(logit j) = -p_j (ln p_j + H), of logits (..., n). So raising one logit lowers the entropy if and only if p_j > exp(-H): if that key already has more than
+    the perplexity's share. The paper's theorem (4.1 / 5.1) says that the entropy falls; without this condition it need not.
+    """
+    p = logits.softmax(-1)[..., j]
+    return -p * (p.log() + entropy(logits))
+
+
+def meta_logit(model, idx, t, s, layer):
+    """The attention logits (H,) with which position t of idx (T,) looks at the meta-token at position s, in the causal attention of a layer."""
+    attn, args, _ = look_inside(model, idx[None])[layer]
+    return attention_logits(attn, *args)[0, :, t, s]
+
+
+@dataclass
+class TheoryConfig:
+    ckpt: str = 'out/tiny/best.pt'  # a model with meta-tokens, for the second theorem
+    n_keys: int = 64             # keys of the random attention rows
+    n_rows: int = 10_000         # of them
+    seed: int = 0                # decides them
+
+
+def theory(argv):
+    """When does a boost of one logit lower the entropy of attention? And: can a meta-token's logit be a fixed positional bias?"""
+    cfg, _ = parse_config(TheoryConfig, argv=argv, doc=theory.__doc__)
+    generator = torch.Generator().manual_seed(cfg.seed)
+    logits = torch.randn(cfg.n_rows, cfg.n_keys, generator=generator, dtype=torch.float64) * 3 * torch.rand(cfg.n_rows, 1, generator=generator, dtype=torch.float64)
+    boost = torch.zeros(cfg.n_keys, dtype=torch.float64)
+    boost[0] = 1e-4
+    fell = entropy(logits + boost) < entropy(logits - boost)
+    condition = logits.softmax(-1)[:, 0].log() > -entropy(logits)
+    counter = torch.tensor([0.0, 0.0, -3.0], dtype=torch.float64)
+    boosted = counter + torch.tensor([0.0, 0.0, 2.0], dtype=torch.float64)
+    print(f"""entropy: one logit of {cfg.n_rows:,} random rows of {cfg.n_keys} keys raised a little
+  it fell in {fell.double().mean():.1%} of them; "it falls if and only if p > exp(-H)" is right in {(fell == condition).double().mean():.2%}
+  so the theorem without a condition is false: logits {counter.tolist()}, the last raised by 2: entropy {entropy(counter):.3f} -> {entropy(boosted):.3f} nats""")
+    m, = load_models(cfg.ckpt.split(',')[0], 1.0, Machine(TrainConfig(device='cpu')))
+    model, meta_id, T = m['model'], m['model'].config.meta_id, min(32, m['model'].config.block_size)
+    inputs = torch.randint(meta_id - 1, (2, T), generator=generator)
+    inputs[:, T // 2] = meta_id
+    contributions = [meta_logit(model, idx, T - 1, T // 2, model.config.n_layer - 1) for idx in inputs]
+    print(f"""expressiveness: {m['name']}, two inputs of {T} tokens, the meta-token at position {T // 2} in both; logits of the last position for it, by head of the last block
+  {'  '.join(f'{x:+.3f}' for x in contributions[0].tolist())}
+  {'  '.join(f'{x:+.3f}' for x in contributions[1].tolist())}
+  a fixed positional bias is one number for this pair of positions, so it cannot be both""")
+
+# ------------------------------------------------------------------------------
 # speed: the training step of plain GPT-2, with meta-attention, and with its dense reference
 
 @dataclass
@@ -396,7 +766,8 @@ def speed(argv):
     print(f"\nmeta-attention costs {median['gather'] / median['plain'] - 1:+.1%} a step; its dense form takes {median['dense'] / median['gather']:.2f} times as long")
 
 
-COMMANDS = {'tasks': tasks, 'perplexity': perplexity, 'speed': speed}
+COMMANDS = {'tasks': tasks, 'perplexity': perplexity, 'sharpening': sharpening, 'caching': caching, 'rate_distortion': rate_distortion,
+            'theory': theory, 'speed': speed}
 
 
 def main():

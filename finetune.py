@@ -31,8 +31,6 @@ import torch.nn.functional as F
 from prepare import META, UserError, get_tokenizer, meta_token, parse_config, run
 from train import COLUMNS, MODEL_KEYS, Machine, check_settings, fit, make_model, open_run, plot_log, tokenizer_of
 
-TASKS = ('list_recall', 'segment_counting', 'parity', 'copying')
-
 
 @dataclass
 class FinetuneConfig:
@@ -41,7 +39,7 @@ class FinetuneConfig:
     task: Literal['list_recall', 'segment_counting', 'parity', 'copying', 'all'] = 'list_recall'  # all: every batch holds all four
     train_length: int = 64       # the longest prompts, in tokens
     curriculum: bool = True      # five phases of growing prompts; False: prompts of train_length from the first step on
-    phase_iters: int = 250       # steps of each of the first four phases; the fifth lasts until the end
+    phase_iters: int = 150       # steps of each of the first four phases; the fifth lasts until the end
     n_examples: int = 90_000     # different training examples of each length (paper: 90k); a longer run sees them again
     # where from, where to
     init_from: str = 'out/tiny/best.pt'  # a checkpoint's path | resume (the run in out_dir) | scratch
@@ -49,8 +47,8 @@ class FinetuneConfig:
     overwrite: bool = False      # allow a fresh run in a folder that holds one
     seed: int = 1337             # decides the examples, and with --init_from=scratch the weights
     # how long
-    max_iters: int = 1250        # optimizer steps
-    eval_interval: int = 125     # grade and save every so many steps
+    max_iters: int = 1000        # optimizer steps
+    eval_interval: int = 100     # grade and save every so many steps
     eval_examples: int = 200     # held-out prompts of train_length to grade on, always the same
     log_interval: int = 25       # a progress line every so many steps
     # what a step sees
@@ -182,19 +180,22 @@ def copying(length, rng, tok, items):
     return f"{' '.join(words[:start])}·[{span}]·{rest}\nCopy?", f' {span}\n'
 
 
+TASKS = {'list_recall': (list_recall, 19), 'segment_counting': (segment_counting, 17), 'parity': (parity, 10), 'copying': (copying, 12)}  # and their shortest prompts
+
+
 def make_example(task, length, rng, tok):
     """
     Draws one example with rng, a numpy Generator: (prompt_ids, answer_ids), two lists. The prompt has 0.75·length to length tokens; where length
     is less than the task's shortest prompt (19 tokens at most), that. Its meta-tokens stand where the task says; the answer holds none.
     """
     items = list(ascii_lowercase) if tok.name == 'bytes' else WORDS
-    prompt, answer = dict(list_recall=list_recall, segment_counting=segment_counting, parity=parity, copying=copying)[task](length, rng, tok, items)
+    prompt, answer = TASKS[task][0](length, rng, tok, items)
     return to_ids(prompt, tok), tok.encode_ordinary(answer)
 
 
 def phase_lengths(task, train_length):
     """The five prompt lengths of the curriculum: equal ratios from the task's shortest prompt (which is before the first) to train_length."""
-    shortest = dict(list_recall=19, segment_counting=17, parity=10, copying=12)[task]
+    shortest = TASKS[task][1]
     return [round(shortest ** (1 - p / 5) * train_length ** (p / 5)) for p in range(1, 6)]
 
 
@@ -236,7 +237,7 @@ class TrainExamples:
     are five shapes of a batch in a whole run. All is a function of (seed, step): any process can make any micro-batch.
     """
     def __init__(self, cfg, tok):
-        self.cfg, self.tok, self.tasks = cfg, tok, TASKS if cfg.task == 'all' else (cfg.task,)
+        self.cfg, self.tok, self.tasks = cfg, tok, list(TASKS) if cfg.task == 'all' else [cfg.task]
 
     def phase(self, step):
         return 5 if not self.cfg.curriculum else min(step // self.cfg.phase_iters + 1, 5)
@@ -307,7 +308,6 @@ def main():
 
     torch.manual_seed(cfg.seed)
     model = make_model(cfg, checkpoint, tok).to(machine.device)
-    steps = cfg.max_iters * cfg.gradient_accumulation_steps * cfg.batch_size
     machine.say(f"""device  {machine.name}{f' x {machine.world} processes' if machine.world > 1 else ''}, {machine.dtype}
 model   {'new' if not checkpoint else cfg.init_from}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, positions {cfg.pos}, meta-attention {'yes' if cfg.meta_attn else 'no'}
 task    {cfg.task}: prompts of up to {cfg.train_length} tokens ({tok.name}), for example

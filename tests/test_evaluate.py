@@ -81,7 +81,7 @@ def test_window_losses_are_the_slow_ones(rate, T, stride, n):
     W = T - round(rate * T)
     seen, total = [], 0.0
     for nats, scored in evaluate.window_losses(model, tokens, T, stride, rate, 3, Machine(TrainConfig(device='cpu'))):
-        assert nats.shape == scored.shape and not np.isnan(nats[scored]).any()
+        assert nats.shape == scored.shape and not np.isnan(nats[scored]).any() and (~np.isnan(nats)).sum(1).max() <= W
         seen.append(scored.sum())
         total += nats[scored].sum()
     assert sum(seen) == n - 1 and seen[0] >= min(W, n - 1)
@@ -106,6 +106,17 @@ def test_window_losses_are_the_slow_ones(rate, T, stride, n):
                 expected -= logits.log_softmax(-1)[tokens[place + 1]].item()
         reached = min(start + W, n - 1)
     assert reached == n - 1 and total == pytest.approx(expected, rel=1e-4)
+
+
+def test_zeroed_rows_of_the_table_are_zeroed(inside, tmp_path, monkeypatch):
+    inside('finetune.py', *SMALL, '--out_dir=out/a')
+
+    def grade(model, rows, width, tok, machine, zero_meta=None):
+        right = np.full(len(rows), {None: 0, 'position': 0.5, 'embedding': 1}[zero_meta]) > np.linspace(0, 0.99, len(rows))
+        return right, right * 3.0, right * 0.0
+    monkeypatch.setattr(evaluate, 'grade', grade)
+    rows = table(inside('evaluate.py', 'tasks', '--ckpt=out/a/best.pt', '--lengths=64', '--n_examples=40', '--device=cpu').out, 'list_recall: exact')
+    assert [(row[1], row[2].split()[0]) for row in rows[2:]] == [('full', '0.0'), ('zero position', '50.0'), ('zero embedding', '100.0')]
 
 
 def test_perplexity(inside, refused, tmp_path):
@@ -140,6 +151,171 @@ def test_perplexity(inside, refused, tmp_path):
     assert '--stride=60' in refused('evaluate.py', 'perplexity', '--stride=60')
     assert 'nothing there' in refused('evaluate.py', 'perplexity', '--text=nowhere.txt')
 
+
+# ------------------------------------------------------------------------------
+# Inside the model
+
+@pytest.fixture
+def trained(inside, tmp_path):
+    """out/tiny and out/tiny-list_recall, small."""
+    data = tmp_path / 'data/stdlib'
+    data.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for split, n in ('train', 20000), ('val', 4000):
+        rng.integers(97, 105, n).astype('<u2').tofile(data / f'{split}.bin')
+    (data / 'data.json').write_text(json.dumps({'tokenizer': 'bytes'}))
+    inside('train.py', '--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=64', '--max_iters=5', '--eval_iters=3', '--device=cpu', '--warmup_iters=1')
+    inside('finetune.py', '--max_iters=5', '--batch_size=8', '--train_length=32', '--eval_examples=8', '--device=cpu')
+
+
+def random_model(**kwargs):
+    """With weights large enough that attention is not uniform."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**{**dict(block_size=32, vocab_size=64, n_layer=2, n_head=2, n_embd=16, meta_id=60), **kwargs})).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p *= 5
+    return model
+
+
+@pytest.mark.parametrize('pos', ['rope', 'ape'])
+@pytest.mark.parametrize('zero_meta', [None, 'position', 'embedding'])
+def test_the_readable_attention_is_the_fast_one(pos, zero_meta):
+    model, idx = random_model(pos=pos), torch.randint(62, (3, 20), generator=torch.Generator().manual_seed(0)).clamp(max=60)
+    seen = evaluate.look_inside(model, idx, zero_meta)
+    assert len(seen) == 2
+    for block, (attn, args, x) in zip(model.transformer.h, seen):
+        assert attn is block.attn
+        weights = evaluate.attention_logits(attn, *args).softmax(-1)
+        assert torch.equal(weights, weights.tril())
+        v = attn.qkv(*args)[2]
+        assert torch.allclose(attn.project(weights @ v), attn(*args), atol=1e-5)
+    assert torch.allclose(model.transformer.ln_f(seen[-1][2]), model.hidden(idx, zero_meta), atol=1e-6)
+    assert not model.transformer.h[0].attn._forward_pre_hooks and not model.transformer.h[0]._forward_hooks
+
+
+def test_sharpening(inside, trained, tmp_path):
+    out = inside('evaluate.py', 'sharpening', '--n_rows=6', '--batch_size=4', '--device=cpu').out
+    result = json.loads((tmp_path / 'out/tiny/eval/sharpening.json').read_text())['change']
+    assert (tmp_path / 'out/tiny/eval/sharpening.png').read_bytes()[:4] == b'\x89PNG'
+    # the same, slowly: row by row, token by token
+    from prepare import Blocks, load_data
+    m, = evaluate.load_models('out/tiny/best.pt', 1.0, Machine(TrainConfig(device='cpu')))
+    idx = torch.from_numpy(Blocks(load_data('stdlib').val, 64, 0.1, 257, 0).batch(0, 6)[0])
+    entropies = {'as is': [], 'zeroed': [], 'removed': []}
+    for row in idx:
+        for case, ids, zero_meta in ('as is', row, None), ('zeroed', row, 'embedding'), ('removed', row[row != 257], None):
+            attn, args, _ = evaluate.look_inside(m['model'], ids[None], zero_meta)[1]                       # of the second layer, second head
+            p = evaluate.attention_logits(attn, *args).softmax(-1)[0, 1]
+            text = [t for t, i in enumerate(ids) if i != 257][1:]
+            entropies[case].append(np.mean([-sum(float(x) * math.log(x) for x in p[t] if x > 0) for t in text]))
+    for case in 'zeroed', 'removed':
+        expected = np.mean(entropies['as is']) - np.mean(entropies[case])
+        assert result[case]['entropy']['by_layer_and_head']['mean'][1][1] == pytest.approx(expected, abs=1e-5)
+        low, high = result[case]['entropy']['interval_95']
+        assert low <= result[case]['entropy']['mean'] <= high
+    assert out.count('compared to the same text') == 2
+    # more keys, so higher entropy, in a model that has learned next to nothing
+    assert result['removed']['entropy']['mean'] > 0.05 and '"it falls" is refuted' in out
+
+
+def test_caching(inside, trained, tmp_path):
+    out = inside('evaluate.py', 'caching', '--n_rows=6', '--batch_size=4', '--device=cpu').out
+    result = json.loads((tmp_path / 'out/tiny/eval/caching.json').read_text())
+    assert (tmp_path / 'out/tiny/eval/caching.png').read_bytes()[:4] == b'\x89PNG'
+    from prepare import Blocks, load_data
+    m, = evaluate.load_models('out/tiny/best.pt', 1.0, Machine(TrainConfig(device='cpu')))
+    idx = torch.from_numpy(Blocks(load_data('stdlib').val, 64, 0.1, 257, 0).batch(0, 6)[0])
+    at_one, looked = {'meta': [], 'text': []}, []
+    for row in idx:                                                             # cosine with the token just before, if that is text
+        attn, args, x = evaluate.look_inside(m['model'], row[None])[1]
+        pairs = {'meta': [], 'text': []}
+        for t in range(1, 64):
+            if row[t - 1] != 257:
+                pairs['meta' if row[t] == 257 else 'text'].append(torch.cosine_similarity(x[0, t], x[0, t - 1], dim=0).item())
+        weights = evaluate.attention_logits(attn, *args).softmax(-1)[0].mean(0)
+        looked.append(np.mean([weights[t][row == 257].sum().item() for t in range(64) if row[t] != 257]))
+        for kind, values in pairs.items():
+            at_one[kind].append(np.mean(values))
+    assert result['distance'][0] == 1
+    for kind in at_one:
+        assert result['curves'][kind]['mean'][1][0] == pytest.approx(np.mean(at_one[kind]), abs=1e-5)
+    assert result['attention_to_meta'][1] == pytest.approx(np.mean(looked), abs=1e-5)
+    assert 'as uniform attention' in out or 'than uniform attention' in out
+
+
+def test_rate_distortion(inside, trained, tmp_path):
+    args = ('--n_train=300', '--n_test=100', '--n_betas=3', '--n_seeds=2', '--n_steps=60', '--device=cpu')
+    for ckpt, classes in ('out/tiny-list_recall/best.pt', 20), ('out/tiny/best.pt', 8):
+        out = inside('evaluate.py', 'rate_distortion', f'--ckpt={ckpt}', *args).out
+        result = json.loads((tmp_path / ckpt).with_name('eval').joinpath('rate_distortion.json').read_text())
+        assert out.count('lower at equal rate: ') == 2 and len(result['curves']) == 3
+        for curve in result['curves'].values():
+            assert len(curve['rate']) == 3 and min(curve['rate']) >= 0 and curve['rate'][0] > curve['rate'][2]
+        assert int(out.split(' classes')[0].split()[-1]) >= classes
+
+
+def test_bottlenecks_find_what_is_there():
+    """A state that holds the answer beats one that holds it in half of the cases, and one that holds nothing; the verdict's sign is right."""
+    rng = np.random.default_rng(0)
+    y = torch.from_numpy(rng.integers(4, size=1500))
+    noise = torch.from_numpy(rng.normal(size=(3, 1500, 8))).float()
+    h = 0.3 * noise
+    h[0, :, :4] += torch.nn.functional.one_hot(y, 4)
+    h[1, :750, :4] += torch.nn.functional.one_hot(y[:750], 4)
+    order = torch.from_numpy(rng.permutation(1500))
+    h, y = h[:, order], y[order]
+    curves = [evaluate.fit_bottlenecks(x[:1000], y[:1000], x[1000:], y[1000:], [0.001, 0.05, 3.0], 2, 4, 300) for x in h]
+    rate, distortion = np.stack(curves).mean((2, 4)).transpose(1, 0, 2)         # (3, 3) state, beta
+    assert distortion[0, 0] < 0.35 and 0.6 < distortion[1, 0] < 1.1 and distortion[2].min() > 1.3
+    assert np.allclose(distortion[:, 2], math.log(4), atol=0.05) and rate[:, 2].max() < 0.1
+    assert rate[0, 1] > 0.8                                                     # nats: ln 4 = 1.39 would do
+    assert evaluate.lower_at_equal_rate(np.stack((rate[0], distortion[0])), np.stack((rate[1], distortion[1]))) < -0.1
+
+
+def test_lower_at_equal_rate():
+    one, other = np.array([[4, 2, 0], [0.5, 0.5, 1]]), np.array([[0, 1, 3], [1.5, 1.25, 0.75]])
+    rates = np.linspace(0, 3, 50)
+    expected = np.mean([np.interp(r, [0, 2, 4], [1, 0.5, 0.5]) - (1.5 - 0.25 * r) for r in rates])
+    assert evaluate.lower_at_equal_rate(one, other) == pytest.approx(expected)
+    assert np.isnan(evaluate.lower_at_equal_rate(one, other + [[5], [0]]))
+
+
+def test_entropy_theorem():
+    """dH/dlogit by autograd; falls exactly if p > exp(-H); and the counter-example to the unconditional statement."""
+    logits = (torch.randn(500, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2).requires_grad_()
+    gradient, = torch.autograd.grad(evaluate.entropy(logits).sum(), logits)
+    for j in range(12):
+        assert torch.allclose(evaluate.entropy_slope(logits, j), gradient[:, j], atol=1e-10)
+    falls = logits.softmax(-1) > torch.exp(-evaluate.entropy(logits))[:, None]
+    assert torch.equal(gradient < 0, falls) and 0.05 < falls.double().mean() < 0.5
+    a, b = evaluate.entropy(torch.tensor([[0.0, 0.0, -3.0], [0.0, 0.0, -1.0]]))
+    assert b > a + 0.1
+
+
+def test_a_meta_tokens_logit_is_no_fixed_positional_bias():
+    model = random_model()
+    a, b = torch.randint(60, (2, 24), generator=torch.Generator().manual_seed(0))
+    a[10] = b[10] = 60
+    assert (evaluate.meta_logit(model, a, 23, 10, 1) - evaluate.meta_logit(model, b, 23, 10, 1)).abs().max() > 0.01
+    attn, args, _ = evaluate.look_inside(model, a[None])[1]
+    q, k, _ = attn.qkv(*args)
+    assert torch.allclose(evaluate.meta_logit(model, a, 23, 10, 1), (q[0, :, 23] * k[0, :, 10]).sum(-1) / 8 ** 0.5, atol=1e-4)
+
+
+def test_theory(inside, trained):
+    out = inside('evaluate.py', 'theory', '--n_rows=500').out
+    assert 'is right in 100.00%' in out and '0.791 -> 1.017' in out and 'cannot be both' in out
+
+
+def test_models_without_meta_tokens_are_told_so(inside, refused, trained):
+    inside('train.py', '--n_layer=1', '--n_head=2', '--n_embd=32', '--block_size=64', '--max_iters=1', '--eval_iters=3', '--device=cpu', '--meta_rate=0', '--meta_attn=False',
+           '--out_dir=out/plain')
+    for command in 'sharpening', 'caching', 'rate_distortion':
+        assert 'without meta-tokens' in refused('evaluate.py', command, '--ckpt=out/plain/best.pt', '--device=cpu')
+    assert '--n_rows=9999' in refused('evaluate.py', 'caching', '--n_rows=9999', '--device=cpu')
+
+# ------------------------------------------------------------------------------
 
 def test_speed(cli):
     out = cli('evaluate.py', 'speed', '--n_layer=2', '--n_embd=32', '--n_head=2', '--block_size=64', '--vocab_size=320', '--runs=2', '--device=cpu').stdout

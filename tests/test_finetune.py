@@ -208,7 +208,7 @@ def test_two_processes_are_one(cli, tmp_path):
 
 
 def test_from_a_checkpoint(inside, refused, tmp_path):
-    inside('finetune.py', *SMALL, '--pos=ape', '--meta_attn=False', '--out_dir=out/first')
+    inside('finetune.py', *SMALL, '--pos=ape', '--meta_attn=False', '--learning_rate=1e-3', '--out_dir=out/first')
     out = inside('finetune.py', '--init_from=out/first/best.pt', '--task=parity', '--max_iters=2', '--eval_examples=4', '--train_length=32', '--device=cpu').out
     assert 'positions ape, meta-attention no' in out
     new, old = checkpoint(tmp_path / 'out/first-parity'), checkpoint(tmp_path / 'out/first', 'best.pt')
