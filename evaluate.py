@@ -8,13 +8,15 @@ Measure things, one sub-command each.
     python evaluate.py caching --ckpt=out/tiny/best.pt           # do they cache what stood before them? (cosine similarity by distance)
     python evaluate.py rate_distortion --ckpt=out/tiny-list_recall/best.pt   # do they keep more of the answer per nat? (information bottleneck)
     python evaluate.py theory                          # the paper's two theorems, run
+    python evaluate.py sample --ckpt=out/tiny/best.pt --prompt="def "     # text, as it comes
     python evaluate.py speed                           # what a training step costs: plain GPT-2, meta-attention, its dense form
     python evaluate.py speed --nanogpt=../nanoGPT      # and nanoGPT's own model.py beside them
+    python evaluate.py speed --mode=generate           # tokens a second and time to the first, by prompt length, cached and not
     python evaluate.py speed -h                        # every setting of a sub-command
 
 What is measured on a checkpoint is printed, and written to the folder eval/ beside it (beside the first, where there are several).
 """
-import importlib.util, json, math, multiprocessing, os, resource, statistics, sys, time
+import codecs, importlib.util, json, math, multiprocessing, os, resource, statistics, sys, time
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,7 +29,7 @@ import torch.nn.functional as F
 from finetune import TASKS, examples, grade, width_for
 from model import GPT, GPTConfig
 from prepare import Blocks, UserError, encode, inject_meta_tokens, load_data, local_files, meta_count, parse_config, read_file, run, token_bytes
-from train import Machine, TrainConfig, load_checkpoint, make_optimizers, tokenizer_of
+from train import Machine, TrainConfig, load_checkpoint, make_optimizers, printable, tokenizer_of
 
 # ------------------------------------------------------------------------------
 # What the sub-commands share
@@ -668,11 +670,67 @@ def theory(argv):
   a fixed positional bias is one number for this pair of positions, so it cannot be both""")
 
 # ------------------------------------------------------------------------------
-# speed: the training step of plain GPT-2, with meta-attention, and with its dense reference
+# sample: text, as it comes
+
+@dataclass
+class SampleConfig:
+    ckpt: str = 'out/tiny/best.pt'  # the checkpoint to sample from
+    prompt: str = ''             # text to go on from; FILE:path reads it from a file, - from stdin; empty: a new document
+    num_samples: int = 1         # one after another
+    max_new_tokens: int = 300    # in each; it ends before where the model ends the document
+    temperature: float = 0.8     # 0: always the likeliest token
+    top_k: int = 200             # from so many likeliest tokens only; 0: all
+    top_p: float = 1.0           # from the fewest likeliest tokens that make up so much only
+    meta_every: int = -1         # a meta-token (not shown) after so many text tokens, 0: none; -1: as often as in training, round(1 / meta_rate) - 1
+    seed: int = 1337             # decides them
+    device: str = 'auto'         # auto | cpu | cuda | mps
+    dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of matrix products
+
+
+def with_meta(ids, every, meta_id):
+    """ids with a meta-token after every `every` of them; 0: none."""
+    return [i for n, id in enumerate(ids, start=1) for i in ([id, meta_id] if every and n % every == 0 else [id])]
+
+
+def sample(argv):
+    """Text from a checkpoint, printed as it comes."""
+    cfg, _ = parse_config(SampleConfig, argv=argv, doc=sample.__doc__)
+    for key, least in ('num_samples', 1), ('max_new_tokens', 1), ('temperature', 0), ('top_k', 0), ('top_p', 0), ('meta_every', -1):
+        if getattr(cfg, key) < least:
+            raise UserError(f'--{key}={getattr(cfg, key)} must be {least} or more')
+    machine = Machine(cfg)
+    m, = load_models(cfg.ckpt.split(',')[0], 1.0, machine)
+    model, tok = m['model'], m['tok']
+    try:
+        prompt = sys.stdin.read() if cfg.prompt == '-' else Path(cfg.prompt[5:]).read_text(encoding='utf-8') if cfg.prompt.startswith('FILE:') else cfg.prompt
+    except UnicodeDecodeError as error:
+        raise UserError(f'--prompt={cfg.prompt} is not UTF-8 text ({error})')
+    rate = m['checkpoint']['config'].get('meta_rate', 0.0)
+    every = cfg.meta_every if cfg.meta_every >= 0 else max(round(1 / rate) - 1, 1) if rate else 0
+    idx = torch.tensor([with_meta(encode(tok, prompt).tolist() or [tok.eot_token], every, model.config.meta_id)], device=machine.device)
+    generator = torch.Generator(machine.device).manual_seed(cfg.seed)
+    for n in range(cfg.num_samples):
+        print('\n---\n' if n else '', printable(prompt), sep='', end='', flush=True)
+        decoder = codecs.getincrementaldecoder('utf-8')('replace')                   # a token may end within a character
+        with machine.autocast:
+            try:
+                for new in model.stream(idx, cfg.max_new_tokens, cfg.temperature, cfg.top_k or None, cfg.top_p if cfg.top_p < 1 else None, every, generator,
+                                        stop_token=tok.eot_token):
+                    if new[0, 0] != tok.eot_token:
+                        print(printable(decoder.decode(tok.decode_single_token_bytes(int(new[0, 0])))), end='', flush=True)
+            except ValueError as error:                                              # learned positions end
+                raise UserError(f'{error}: shorten the prompt, or lower --max_new_tokens')
+        print(printable(decoder.decode(b'', final=True)))
+
+# ------------------------------------------------------------------------------
+# speed: the training step of plain GPT-2, with meta-attention, with its dense reference; and generation
 
 @dataclass
 class SpeedConfig:
-    runs: int = 7                # timed steps of each model, taken in turn; the median counts
+    mode: Literal['train', 'generate'] = 'train'  # time training steps, or generation
+    runs: int = 7                # timed runs of each model, taken in turn; the median counts
+    prompts: str = '16,128,512,960'  # for generate: lengths of the prompt
+    new_tokens: int = 28         # for generate: text tokens after it
     batch_size: int = 0          # rows of a step; 0: 12 on a GPU, 1 elsewhere
     block_size: int = 1024       # T, positions in a row, meta-tokens included
     meta_rate: float = 0.1       # the share of meta-tokens
@@ -687,27 +745,31 @@ class SpeedConfig:
     compile: Literal['auto', 'True', 'False'] = 'auto'  # torch.compile; auto: on CUDA only
 
 
-def make_step(name, cfg, machine):
-    """A function that does one training step (forward, backward, AdamW) of the model `name` on random text."""
+def make_model(name, cfg, machine):
+    """A new model: plain, gather (meta-attention), dense (its reference), or nanoGPT's own."""
     torch.manual_seed(0)
     shape = dict(block_size=cfg.block_size, vocab_size=cfg.vocab_size, n_layer=cfg.n_layer, n_head=cfg.n_head, n_embd=cfg.n_embd, dropout=0.0, bias=False)
-    meta_id, rate = cfg.vocab_size - 1, cfg.meta_rate if name in ('gather', 'dense') else 0.0
-    n_meta = meta_count(cfg.block_size, rate)
     if name == 'nanoGPT':
         spec = importlib.util.spec_from_file_location('nanogpt_model', Path(cfg.nanogpt) / 'model.py')
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         with redirect_stdout(sys.stderr):  # it prints its size
-            model, kwargs = module.GPT(module.GPTConfig(**shape)), {}
+            model = module.GPT(module.GPTConfig(**shape))
     else:
-        model, kwargs = GPT(GPTConfig(**shape, pos=cfg.pos, meta_attn=n_meta > 0, meta_id=meta_id)), dict(n_meta=n_meta)
+        model = GPT(GPTConfig(**shape, pos=cfg.pos, meta_attn=name != 'plain', meta_id=cfg.vocab_size - 1))
         for block in model.transformer.h:
             block.dense = name == 'dense'
-    model.to(machine.device)
+    return model.to(machine.device)
+
+
+def make_step(name, cfg, machine):
+    """A function that does one training step (forward, backward, AdamW) of the model `name` on random text."""
+    model, meta_id, rate = make_model(name, cfg, machine), cfg.vocab_size - 1, cfg.meta_rate if name in ('gather', 'dense') else 0.0
+    kwargs = {} if name == 'nanoGPT' else dict(n_meta=meta_count(cfg.block_size, rate))
     optimizer, = make_optimizers(model, TrainConfig(), machine)
     compiled = machine.compiled(model, cfg)
     rng = np.random.default_rng(0)
-    text = rng.integers(0, meta_id, (cfg.batch_size, cfg.block_size - n_meta + 1))
+    text = rng.integers(0, meta_id, (cfg.batch_size, cfg.block_size - meta_count(cfg.block_size, rate) + 1))
     batch = machine.to_device(*inject_meta_tokens(text, rate, meta_id, rng, cfg.block_size))
 
     def step():
@@ -730,6 +792,60 @@ def peak_memory(name, cfg):
     return torch.cuda.max_memory_allocated() if machine.type == 'cuda' else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
 
+def speed_of_generation(cfg, machine):
+    """Time to the first token, and then for each text token, after prompts of several lengths: plain, with meta-tokens, without a cache, nanoGPT."""
+    lengths, meta_id, every = whole_numbers(cfg.prompts, 'prompts'), cfg.vocab_size - 1, max(round(1 / cfg.meta_rate) - 1, 1) if cfg.meta_rate > 0 else 0
+    if max(lengths) + cfg.new_tokens * (1 + bool(every)) > cfg.block_size or cfg.new_tokens < 2:
+        raise UserError(f'--prompts={cfg.prompts} and --new_tokens={cfg.new_tokens} (2 or more) must fit into --block_size={cfg.block_size}')
+    models = {name: make_model(name, cfg, machine).eval() for name in ['plain', 'gather'] + (['nanoGPT'] if cfg.nanogpt else [])}
+    big, reads = torch.ones(2 ** 27, device=machine.device), []                      # half a GiB
+    sync = torch.cuda.synchronize if machine.type == 'cuda' else lambda: None
+
+    def run(name, prompt):
+        """(seconds to the first token, seconds for each text token after it)"""
+        model, n, start = models[name.split()[0]], cfg.new_tokens, time.perf_counter()
+        if name in ('plain', 'gather'):
+            stream = model.stream(prompt, n, meta_every=every if name == 'gather' else None)
+        else:                                                                        # the whole prefix anew for each token: three are enough
+            n, model_generate = 3, (lambda ids: model.generate(ids, 1)) if name == 'nanoGPT' else lambda ids: torch.cat((ids, model(ids)[0][:, -1].argmax(-1)[:, None]), 1)
+
+            def recompute():
+                ids = prompt
+                for _ in range(n):
+                    ids = model_generate(ids)
+                    yield ids[:, -1:]
+            stream = recompute()
+        with machine.autocast, torch.no_grad():
+            next(stream), sync()
+            first = time.perf_counter()
+            list(stream), sync()
+        return first - start, (time.perf_counter() - first) / (n - 1)
+    print(f'{machine.name}, {machine.dtype}: {cfg.n_layer} layers, {cfg.n_embd} wide; {cfg.new_tokens} text tokens after each prompt; gather: a meta-token after every {every}', flush=True)
+    names = ['plain', 'gather', 'plain uncached'] + (['nanoGPT'] if cfg.nanogpt else [])
+    times, generator = {(length, name): [] for length in lengths for name in names}, torch.Generator().manual_seed(0)
+    for n in range(cfg.runs + 1):                                                    # the first round warms up
+        for length in lengths:
+            text = torch.randint(meta_id, (length,), generator=generator).tolist()
+            for name in names:
+                ids = with_meta(text, every, meta_id)[:length] if name == 'gather' else text
+                result = run(name, torch.tensor([ids], device=machine.device))
+                if n:
+                    times[length, name].append(result)
+        start = time.perf_counter()
+        big.sum(), sync()
+        reads.append(big.nbytes / (time.perf_counter() - start))
+        print(f'\rround {n} of {cfg.runs}', end='', file=sys.stderr, flush=True)
+    median = {key: np.median(t, axis=0) for key, t in times.items()}
+    print('\n' + markdown(['prompt', 'model', 'first token', 'each text token, median', 'spread', 'text tokens/s', 'times plain'], [
+        [length, name, f'{1000 * median[length, name][0]:.1f} ms', f'{1000 * median[length, name][1]:.1f} ms',
+         f'{1000 * min(t[1] for t in times[length, name]):.1f} - {1000 * max(t[1] for t in times[length, name]):.1f}',
+         f'{1 / median[length, name][1]:.1f}', f"{median[length, name][1] / median[length, 'plain'][1]:.3f}"] for length in lengths for name in names]))
+    weights = sum(p.nbytes for p in models['plain'].parameters()) - (models['plain'].transformer.wpe.weight.nbytes if cfg.pos == 'ape' else 0)
+    bound = statistics.median(reads) / weights
+    print(f'\na token reads {weights / 1e6:.0f} MB of weights, and this machine reads {statistics.median(reads) / 1e9:.1f} GB/s: at most {bound:.1f} tokens/s. '
+          + ', '.join(f"{1 / median[length, 'plain'][1] / bound:.0%} of that after {length}" for length in lengths))
+
+
 def speed(argv):
     cfg, _ = parse_config(SpeedConfig, argv=argv, doc=speed.__doc__)
     if cfg.nanogpt and not (Path(cfg.nanogpt) / 'model.py').exists():
@@ -741,6 +857,8 @@ def speed(argv):
     if cfg.runs < 1:
         raise UserError(f'--runs={cfg.runs} must be 1 or more')
     machine = Machine(cfg)
+    if cfg.mode == 'generate':
+        return speed_of_generation(cfg, machine)
     cfg.batch_size = cfg.batch_size or (12 if machine.type == 'cuda' else 1)
     names = ['plain', 'gather', 'dense'] + (['nanoGPT'] if cfg.nanogpt else [])
     print(f'{machine.name}, {machine.dtype}: {cfg.n_layer} layers, {cfg.n_embd} wide, {cfg.batch_size} x {cfg.block_size} tokens a step, '
@@ -767,7 +885,7 @@ def speed(argv):
 
 
 COMMANDS = {'tasks': tasks, 'perplexity': perplexity, 'sharpening': sharpening, 'caching': caching, 'rate_distortion': rate_distortion,
-            'theory': theory, 'speed': speed}
+            'theory': theory, 'sample': sample, 'speed': speed}
 
 
 def main():

@@ -106,9 +106,12 @@ class Attention(nn.Module):
         """y (B, H, n, D) -> (B, n, C)"""
         return F.dropout(self.c_proj(y.transpose(1, 2).flatten(2)), self.dropout, self.training)
 
-    def forward(self, x, rope):
+    def forward(self, x, rope, remember=None):
+        """x (B, n, C) -> (B, n, C). remember(k, v), of a KVCache, puts keys and values to those of the tokens before, and gives all of them and a mask."""
         q, k, v = self.qkv(x, rope)
-        return self.project(F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0))
+        k, v, mask = remember(k, v) if remember else (k, v, None)
+        causal = mask is None and q.shape[2] > 1  # a single query may see all there is
+        return self.project(F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, dropout_p=self.dropout if self.training else 0.0))
 
 
 class Meta(NamedTuple):
@@ -129,7 +132,7 @@ def find_meta(is_meta, n_meta):
     return is_meta.logical_not().to(torch.uint8).argsort(dim=1, stable=True)[:, :n_meta]
 
 
-def meta_attention(attn, ln, x, meta):
+def meta_attention(attn, ln, x, meta, remember=None):
     """
     x (B, T, C) -> x plus, at the meta-tokens, their attention to the meta-tokens before them; every other row as it was.
 
@@ -139,7 +142,7 @@ def meta_attention(attn, ln, x, meta):
     B, T, C = x.shape
     flat = x.flatten(0, 1)                                           # (B·T, C)
     rows = flat.index_select(0, meta.index).view(B, -1, C)           # (B, M, C)
-    out = attn(ln(rows), meta.rope) * meta.used                      # (B, M, C)
+    out = attn(ln(rows), meta.rope, remember) * meta.used            # (B, M, C)
     return flat.index_add(0, meta.index, out.flatten(0, 1).to(x.dtype)).view(B, T, C)
 
 
@@ -185,13 +188,47 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x, rope, meta):
-        """x (B, T, C); rope (cos, sin) of the positions or None; meta a Meta, or None for a batch without meta-attention."""
-        x = x + self.attn(self.ln_1(x), rope)
+    def forward(self, x, rope, meta, remember=None, remember_meta=None):
+        """x (B, T, C); rope (cos, sin) of the positions or None; meta a Meta, or None for a batch without meta-attention; in generation, where to keep keys."""
+        x = x + self.attn(self.ln_1(x), rope, remember)
         if meta is not None:
             x = dense_meta_attention(self.meta_attn, self.ln_meta, x, meta, rope) if self.dense else \
-                meta_attention(self.meta_attn, self.ln_meta, x, meta)
+                meta_attention(self.meta_attn, self.ln_meta, x, meta, remember_meta)
         return x + self.mlp(self.ln_2(x))
+
+# ------------------------------------------------------------------------------
+# Memory for generation
+
+class KVCache:
+    """
+    The keys and values of one kind of attention, in all blocks, for B rows of up to `size` tokens. Row b has filled its first length[b] slots; what
+    stands behind them is padding of a shorter prompt, masked, and written over by the row's next tokens. So rows differ in length at no cost.
+    """
+    def __init__(self, config, B, size, device, dtype):
+        self.kv = torch.zeros(config.n_layer, 2, B, config.n_head, size, config.n_embd // config.n_head, device=device, dtype=dtype)
+        self.length = torch.zeros(B, dtype=torch.long, device=device)
+        self.end, self.even = 0, True                       # the largest length, and whether all are equal: known without asking a GPU
+
+    def start(self, n):
+        """The next n tokens of every row go into the slots behind its length. Returns their places in the row, (B, n)."""
+        self.place = self.length[:, None] + torch.arange(n, device=self.length.device)
+        self.plain = self.end == 0 or (self.even and n == 1)  # plain causal attention does, the fastest kernel
+        self.end += n
+        self.mask = None if self.plain else (torch.arange(self.end, device=self.length.device) <= self.place[..., None])[:, None]  # (B, 1, n, end)
+        return self.place
+
+    def finish(self, n):
+        """Each row has used n of them, a number or (B,)."""
+        self.even = self.even and isinstance(n, int)
+        self.length = self.length + n
+
+    def remember(self, layer):
+        def put(k, v):                                      # both (B, H, n, D)
+            rows = torch.arange(len(k), device=k.device)[:, None]
+            for kept, new in zip(self.kv[layer], (k, v)):
+                kept[rows, :, self.place] = new.transpose(1, 2).to(kept.dtype)
+            return *self.kv[layer][:, :, :, :self.end], self.mask  # k, v (B, H, end, D)
+        return put
 
 # ------------------------------------------------------------------------------
 # The model
@@ -224,28 +261,32 @@ class GPT(nn.Module):
         angle = positions[..., None].float() * self.inv_freq.float()
         return angle.cos() * self.mscale, angle.sin() * self.mscale
 
-    def hidden(self, idx, zero_meta=None, n_meta=None):
+    def hidden(self, idx, zero_meta=None, n_meta=None, cache=None):
         """
         idx (B, T) token ids -> (B, T, C), the normed final hidden states; lm_head of them are the logits.
 
         zero_meta='position' takes the meta-tokens' position away, in both attentions, 'embedding' their embedding (paper, Table 2). n_meta: M, if
-        every row is known to hold so many meta-tokens at most; else it is counted, which makes a GPU wait. Raises ValueError past APE's last position.
+        every row is known to hold so many meta-tokens at most; else it is counted, which makes a GPU wait. cache: the KVCaches of what stands before
+        idx, of all tokens and of the meta-tokens. Raises ValueError past APE's last position.
         """
         c, (B, T), device = self.config, idx.shape, idx.device
         if zero_meta not in (None, 'position', 'embedding'):
             raise ValueError(f"zero_meta={zero_meta!r} is none of None, 'position', 'embedding'")
-        if c.pos == 'ape' and T > c.block_size:
-            raise ValueError(f'{T} positions, but learned positions (APE) end at block_size={c.block_size}')
+        end = T + (cache[0].end if cache else 0)
+        if c.pos == 'ape' and end > c.block_size:
+            raise ValueError(f'{end} positions, but learned positions (APE) end at block_size={c.block_size}')
         is_meta = idx == c.meta_id                                                  # (B, T)
         x = self.transformer.wte(idx)                                               # (B, T, C)
         if zero_meta == 'embedding':
             x = x.masked_fill(is_meta[..., None], 0.0)
-        positions = torch.arange(T, device=device)                                  # (T,)
+        positions = cache[0].start(T) if cache else torch.arange(T, device=device)  # (B, T) or (T,)
         if c.pos == 'ape':
-            wpe = self.transformer.wpe(positions)                                   # (T, C)
+            wpe = self.transformer.wpe(positions)                                   # (B, T, C) or (T, C)
             x = x + (wpe.masked_fill(is_meta[..., None], 0.0) if zero_meta == 'position' else wpe)
         elif zero_meta == 'position':
             positions = positions.masked_fill(is_meta, 0)[:, None]                  # (B, 1, T): at position 0 RoPE turns nothing
+        elif cache:
+            positions = positions[:, None]                                          # (B, 1, T)
         rope = self.rope_at(positions)                                              # 2 x (T, D/2) or 2 x (B, 1, T, D/2)
         meta = None
         if c.meta_attn:
@@ -255,9 +296,11 @@ class GPT(nn.Module):
                 index = (place + T * torch.arange(B, device=device)[:, None]).flatten()
                 own = positions.view(-1, T).expand(B, T).gather(1, place)           # (B, M)
                 meta = Meta(is_meta, index, is_meta.gather(1, place)[..., None], self.rope_at(own[:, None]))
+                if cache:
+                    cache[1].start(M)
         x = F.dropout(x, c.dropout, self.training)
-        for block in self.transformer.h:
-            x = block(x, rope, meta)
+        for layer, block in enumerate(self.transformer.h):
+            x = block(x, rope, meta, *(kept.remember(layer) for kept in cache or ()))
         return self.transformer.ln_f(x)
 
     def forward(self, idx, targets=None, zero_meta=None, n_meta=None):
@@ -290,20 +333,72 @@ class GPT(nn.Module):
         return 3 * 2 * (weights + attended)
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, meta_every=None, generator=None):
-        """
-        idx (B, T) -> (B, T + n): idx with max_new_tokens sampled text tokens behind it.
+    def prefill(self, idx, lengths, size):
+        """Prompts idx (B, T), padded on the right to their lengths (B,) -> (logits (B, vocab_size) of each row's last token, cache for `size` tokens)."""
+        n_meta = (idx == self.config.meta_id).sum(dim=1)                            # (B,)
+        w, M, (B, T) = self.lm_head.weight, int(n_meta.max()), idx.shape
+        dtype = torch.get_autocast_dtype(w.device.type) if torch.is_autocast_enabled(w.device.type) else w.dtype
+        cache = tuple(KVCache(self.config, B, n, w.device, dtype) for n in (size, M + size - T))
+        x = self.hidden(idx, n_meta=M, cache=cache)                                 # (B, T, C)
+        for kept, n, most in (cache[0], lengths, T), (cache[1], n_meta, M):
+            kept.finish(most if bool((n == most).all()) else n)
+        return self.lm_head(x[torch.arange(B, device=idx.device), lengths - 1]), cache
 
-        Never samples the meta-token or an id past it. A model that was trained with meta-tokens expects to see some: meta_every=k puts
-        one after every k new tokens; it comes on top of max_new_tokens. Raises ValueError past the last position of a model with APE.
+    @torch.no_grad()
+    def decode_one_token(self, tokens, cache):
         """
+        The next token of each row, tokens (B, 1), or (B, 2) if a meta-token comes right after -> logits (B, vocab_size) after them. A step costs the
+        reading of all weights, so a meta-token that goes along with the text before it is nearly free, and a step without one has no meta-attention.
+        """
+        n = tokens.shape[1]
+        x = self.hidden(tokens, n_meta=n - 1, cache=cache)
+        cache[0].finish(n)
+        if n > 1:
+            cache[1].finish(1)
+        return self.lm_head(x[:, -1])
+
+    def sample(self, logits, temperature, top_k, top_p, generator):
+        """logits (B, vocab_size) -> (B,) ids, never the meta-token or one past it. temperature 0 takes the likeliest."""
+        logits = logits[:, :self.config.meta_id].float()
+        if temperature == 0:
+            return logits.argmax(dim=-1)
+        logits = logits / temperature
+        if top_k is not None:
+            logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[1])).values[:, [-1]], -torch.inf)
+        p = logits.softmax(dim=-1)
+        if top_p is not None:                                                       # the fewest likeliest ids that make up top_p
+            ordered, ids = p.sort(dim=-1, descending=True)
+            ordered = ordered.masked_fill(ordered.cumsum(dim=-1) - ordered >= top_p, 0.0)
+            p = torch.zeros_like(p).scatter(1, ids, ordered)
+        return torch.multinomial(p, 1, generator=generator)[:, 0]
+
+    @torch.no_grad()
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, meta_every=None, generator=None, lengths=None, stop_token=None):
+        """`generate`, step by step: yields the new ids of a step, (B, 1), or (B, 2) where a meta-token follows."""
+        c, (B, T) = self.config, idx.shape
+        size = T + max_new_tokens - 1 + ((max_new_tokens - 1) // meta_every if meta_every else 0)
+        if c.pos == 'ape' and size > c.block_size:
+            raise ValueError(f'prompt and new tokens need {size} positions, but learned positions (APE) end at block_size={c.block_size}')
+        lengths = torch.full((B,), T, device=idx.device) if lengths is None else lengths
+        logits, cache = self.prefill(idx, lengths, size)
+        stopped = torch.zeros(B, dtype=torch.bool, device=idx.device)
         for n in range(1, max_new_tokens + 1):
-            logits = self(idx)[0][:, -1] / temperature                              # (B, vocab_size)
-            logits[:, self.config.meta_id:] = -torch.inf
-            if top_k is not None:
-                least = logits.topk(min(top_k, self.config.meta_id)).values[:, [-1]]
-                logits[logits < least] = -torch.inf
-            idx = torch.cat((idx, torch.multinomial(logits.softmax(-1), 1, generator=generator)), dim=1)
-            if meta_every and n % meta_every == 0:
-                idx = F.pad(idx, (0, 1), value=self.config.meta_id)
-        return idx
+            new = self.sample(logits, temperature, top_k, top_p, generator)         # (B,)
+            if stop_token is not None:
+                new = new.masked_fill(stopped, stop_token)
+                stopped |= new == stop_token
+            new = new[:, None] if not meta_every or n % meta_every else F.pad(new[:, None], (0, 1), value=c.meta_id)
+            yield new
+            if n == max_new_tokens or stop_token is not None and stopped.all():
+                return
+            logits = self.decode_one_token(new, cache)
+
+    def generate(self, idx, max_new_tokens, *args, **kwargs):
+        """
+        idx (B, T) -> (B, T + n): idx with max_new_tokens sampled text tokens behind it; of rows padded on the right, their lengths (B,) given, behind the padding.
+
+        Takes temperature=1.0, top_k, top_p, generator; stop_token, after which a row repeats it and all end when all have; meta_every=k, which puts a
+        meta-token after every k new tokens, on top of max_new_tokens. A model trained at meta_rate has seen one in 1/meta_rate tokens, so
+        k = round(1 / meta_rate) - 1 is what it knows. Raises ValueError past the last position of a model with APE; RoPE goes on.
+        """
+        return torch.cat((idx, *self.stream(idx, max_new_tokens, *args, **kwargs)), dim=1)

@@ -480,6 +480,11 @@ def validation_loss(model, blocks, cfg, machine, bytes_per_token, n_meta):
     return dict(val_loss=nats / targets, val_bpb=nats / targets / math.log(2) / bytes_per_token)
 
 
+def printable(text):
+    """text without control codes: an untrained model says them to your terminal."""
+    return ''.join(c if c.isprintable() or c in '\n\t' else '\ufffd' for c in text)
+
+
 def sample_text(model, tok, cfg, machine, n_samples=3, n_tokens=300):
     """New documents by the model, up to its block size, with meta-tokens as often as in training, and left out of the text."""
     meta = meta_token(tok)
@@ -490,7 +495,7 @@ def sample_text(model, tok, cfg, machine, n_samples=3, n_tokens=300):
         ids = model.generate(start, min(n_tokens, max((cfg.block_size - 2) * every // (every + 1), 1)), temperature=0.8, top_k=200, meta_every=every,
                              generator=torch.Generator(machine.device).manual_seed(cfg.seed))
     text = '\n---\n'.join(tok.decode([i for i in row if i != meta]) for row in ids[:, 1:].tolist())
-    return ''.join(c if c.isprintable() or c in '\n\t' else '\ufffd' for c in text)  # an untrained model says control codes to your terminal
+    return printable(text)
 
 
 def main():

@@ -1,4 +1,5 @@
 """evaluate.py from the command line, its intervals and its sliding window."""
+import io
 import json
 import math
 
@@ -324,6 +325,55 @@ def test_speed(cli):
         step, _, per_second, ratio, peak, _ = table[name]
         assert float(step.split()[0]) > 0 and int(per_second.replace(',', '')) > 0 and float(ratio) > 0 and 0.05 < float(peak.split()[0]) < 4
     assert float(table['plain'][3]) == 1.0 and '6 of 64 meta-tokens' in out and 'meta-attention costs' in out
+
+
+def test_speed_of_generation(inside):
+    out = inside('evaluate.py', 'speed', '--mode=generate', '--n_layer=2', '--n_embd=32', '--n_head=2', '--block_size=64', '--vocab_size=320', '--runs=2', '--prompts=5,20',
+                 '--new_tokens=20', '--device=cpu').out
+    rows = table(out, '| prompt')
+    assert [(row[0], row[1]) for row in rows[2:]] == [(length, name) for length in ('5', '20') for name in ('plain', 'gather', 'plain uncached')]
+    for row in rows[2:]:
+        assert float(row[2].split()[0]) > 0 and float(row[5]) == pytest.approx(1000 / float(row[3].split()[0]), rel=0.3) and float(row[6]) > 0
+    assert 'reads 0 MB of weights' in out and 'GB/s' in out and 'a meta-token after every 9' in out
+
+
+# ------------------------------------------------------------------------------
+# Samples
+
+def test_with_meta():
+    assert evaluate.with_meta([1, 2, 3, 4, 5], 2, 9) == [1, 2, 9, 3, 4, 9, 5] and evaluate.with_meta([1, 2], 0, 9) == [1, 2]
+
+
+def test_sample(inside, refused, trained, tmp_path, monkeypatch):
+    once, again, other, greedy = (inside('evaluate.py', 'sample', '--prompt=abc', '--max_new_tokens=90', '--device=cpu', *args).out
+                                  for args in ((), (), ('--seed=1',), ('--temperature=0',)))
+    assert once == again != other and once.startswith('abc') and greedy != once and len(greedy) > 20
+    assert inside('evaluate.py', 'sample', '--num_samples=3', '--max_new_tokens=5', '--device=cpu').out.count('---') == 2
+    (tmp_path / 'prompt.txt').write_text('abc')
+    assert inside('evaluate.py', 'sample', '--prompt=FILE:prompt.txt', '--max_new_tokens=90', '--device=cpu').out == once
+    monkeypatch.setattr('sys.stdin', io.StringIO('abc'))
+    assert inside('evaluate.py', 'sample', '--prompt=-', '--max_new_tokens=90', '--device=cpu').out == once
+    (tmp_path / 'bad.txt').write_bytes(b'\xff\xfe')
+    assert 'not UTF-8' in refused('evaluate.py', 'sample', '--prompt=FILE:bad.txt', '--device=cpu')
+    assert 'nowhere.txt' in refused('evaluate.py', 'sample', '--prompt=FILE:nowhere.txt', '--device=cpu')
+    assert '--top_k=-1' in refused('evaluate.py', 'sample', '--top_k=-1', '--device=cpu')
+    inside('train.py', '--n_layer=1', '--n_head=2', '--n_embd=32', '--block_size=64', '--max_iters=1', '--eval_iters=3', '--device=cpu', '--pos=ape', '--out_dir=out/ape')
+    assert 'block_size=64' in refused('evaluate.py', 'sample', '--ckpt=out/ape/best.pt', '--max_new_tokens=90', '--device=cpu')
+
+
+def test_characters_of_many_tokens_are_printed_whole(inside, trained, monkeypatch):
+    """The model is made to say the bytes of these characters, a meta-token after every third."""
+    said = 'h\u00e9 \u20ac \U0001f600!'
+    seen = []
+
+    def stream(self, idx, n, temperature, top_k, top_p, meta_every, generator, stop_token):
+        seen.append((idx.tolist(), meta_every))
+        for k, byte in enumerate(said.encode() + b'\xe2\x82', start=1):
+            yield torch.tensor([[byte, 257]] if k % 3 == 0 else [[byte]])
+        yield torch.tensor([[stop_token]])
+    monkeypatch.setattr(GPT, 'stream', stream)
+    assert inside('evaluate.py', 'sample', '--prompt=0123456789', '--device=cpu').out == f'0123456789{said}\ufffd\n'
+    assert seen == [([[*b'012345678', 257, *b'9']], 9)]
 
 
 def test_words(refused):

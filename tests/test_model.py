@@ -259,3 +259,82 @@ def test_generate():
     assert torch.equal(greedy[:, 4:], logits.argmax(-1))
     with pytest.raises(ValueError, match='block_size'):
         tiny(pos='ape').generate(start, 40)
+
+
+@pytest.mark.parametrize('kwargs', [dict(pos='rope'), dict(pos='ape', block_size=64), dict(pos='none'), dict(meta_attn=False), dict(yarn_scale=2.0, yarn_orig_block_size=32)],
+                         ids=['rope', 'ape', 'none', 'plain', 'yarn'])
+@pytest.mark.parametrize('lengths', [[9, 9, 9], [20, 13, 5]], ids=['even', 'ragged'])
+@pytest.mark.parametrize('meta_at', [[(1, 4), (0, 3), (2, 4)], [(3, 7, 8), (), (0, 1, 2, 3, 4)], [(), (), ()]], ids=['as many', 'ragged', 'none'])
+def test_cached_logits_are_the_full_forwards(kwargs, lengths, meta_at):
+    """Past block_size too, with and without meta-tokens among the new tokens, whatever stands in the padding."""
+    model, idx = tiny(**kwargs), tokens(3, max(lengths), meta_at)
+    rows = [row[:n].clone() for row, n in zip(idx, lengths)]
+    for row, n in zip(idx, lengths):
+        row[n:] = 7
+    logits, cache = model.prefill(idx, torch.tensor(lengths), max(lengths) + 40)
+    new = tokens(3, 30, [(), (), ()])
+    for n in range(30):
+        for b in range(3):
+            torch.testing.assert_close(logits[b], model.lm_head(model.hidden(rows[b][None]))[0, -1], rtol=1e-9, atol=1e-9)
+        step = new[:, n:n + 1] if n % 4 else torch.nn.functional.pad(new[:, n:n + 1], (0, 1), value=META)
+        logits = model.decode_one_token(step, cache)
+        rows = [torch.cat(pair) for pair in zip(rows, step)]
+
+
+def test_generation_of_ragged_prompts_is_that_of_each_alone():
+    model = tiny()
+    prompts = [tokens(1, n, [at])[0] for n, at in ((9, (1, 5)), (4, ()), (6, (5,)))]
+    idx = torch.stack([torch.nn.functional.pad(p, (0, 9 - len(p)), value=3) for p in prompts])
+    out = model.generate(idx, 40, temperature=0, meta_every=3, lengths=torch.tensor([9, 4, 6]))     # past block_size
+    assert out.shape == (3, 9 + 40 + 13) and (out[:, 9:] == META).sum(1).tolist() == [13] * 3
+    for b, prompt in enumerate(prompts):
+        assert torch.equal(model.generate(prompt[None], 40, temperature=0, meta_every=3)[0, len(prompt):], out[b, 9:])
+    greedy = prompts[0]
+    for n in range(1, 41):                                                                         # and without a cache
+        greedy = torch.cat((greedy, model.lm_head(model.hidden(greedy[None]))[0, -1, :META].argmax()[None]))
+        greedy = torch.cat((greedy, torch.tensor([META]))) if n % 3 == 0 else greedy
+    assert torch.equal(out[0], greedy)
+
+
+def test_learned_positions_end_where_they_end_in_generation():
+    model, start = tiny(pos='ape'), tokens(1, 10, [()])
+    assert model.generate(start, 23).shape == (1, 33)                      # the last token needs no position
+    with pytest.raises(ValueError, match='33 positions.*block_size=32'):
+        model.generate(start, 24)
+    assert model.generate(start, 18, meta_every=3).shape == (1, 10 + 18 + 6)
+    with pytest.raises(ValueError, match='block_size=32'):
+        model.generate(start, 19, meta_every=3)
+
+
+def test_stop_token():
+    model, start = tiny(), tokens(4, 5, [()] * 4)
+    free = model.generate(start, 30, generator=torch.Generator().manual_seed(0))[:, 5:]
+    stop = free[0, 3].item()
+    out = model.generate(start, 30, generator=torch.Generator().manual_seed(0), stop_token=stop)[:, 5:]
+    for row, wanted in zip(out, free):
+        first = (wanted == stop).nonzero()
+        n = int(first[0]) if len(first) else len(row)
+        assert torch.equal(row[:n], wanted[:n]) and (row[n:] == stop).all()
+    assert (out[0] == stop).any()
+    assert model.generate(start[:1], 30, temperature=0, stop_token=model.generate(start[:1], 1, temperature=0)[0, -1].item()).shape == (1, 6)   # ends at once
+
+
+def test_sampling():
+    """Against the definitions, on one row of known probabilities, from many draws."""
+    model, p = tiny(), torch.tensor([0.5, 0.3, 0.15, 0.05])
+    logits = torch.full((4000, 320), -1e9)
+    logits[:, :4] = p.log()
+    logits[:, META:] = 50.0
+    draw = lambda **kwargs: torch.bincount(model.sample(logits, **{**dict(temperature=1.0, top_k=None, top_p=None, generator=torch.Generator().manual_seed(0)), **kwargs}),
+                                           minlength=4) / 4000
+    assert (draw() - p).abs().max() < 0.03
+    assert (draw(temperature=0.5) - p ** 2 / (p ** 2).sum()).abs().max() < 0.03
+    assert (draw(top_k=2) - torch.tensor([0.625, 0.375, 0, 0])).abs().max() < 0.03 and draw(top_k=2)[2:].sum() == 0
+    assert draw(top_p=0.79)[2:].sum() == 0 and draw(top_p=0.79)[1] > 0.3 and draw(top_p=0.81)[2] > 0.1 and draw(top_p=0.81)[3] == 0
+    assert draw(top_p=0.1)[0] == 1 and draw(temperature=0)[0] == 1
+
+
+def test_generation_in_bfloat16():
+    model = tiny().float()
+    with torch.autocast('cpu', torch.bfloat16):
+        assert model.generate(tokens(2, 6, [(1,), ()]), 10, meta_every=3).shape == (2, 19)
