@@ -338,3 +338,22 @@ def test_generation_in_bfloat16():
     model = tiny().float()
     with torch.autocast('cpu', torch.bfloat16):
         assert model.generate(tokens(2, 6, [(1,), ()]), 10, meta_every=3).shape == (2, 19)
+
+
+def test_no_recompilation_after_the_first_batch():
+    """Wherever the meta-tokens stand, the compiled step is the same one."""
+    from torch._dynamo.utils import counters
+    torch._dynamo.reset()
+    counters.clear()
+    model = tiny().float().train()
+    compiled = torch.compile(model, backend='eager')  # the graph capture alone: what recompiles, recompiles here
+    rng = torch.Generator().manual_seed(0)
+    for step in range(5):
+        idx = torch.randint(0, 256, (4, 32), generator=rng)
+        idx[torch.arange(4)[:, None], torch.stack([torch.randperm(32, generator=rng)[:3] for _ in range(4)])] = META
+        loss = compiled(idx, idx.masked_fill(idx == META, -1), n_meta=3)[1]
+        loss.backward()
+        if step == 0:
+            graphs = counters['stats']['unique_graphs']
+    assert counters['stats']['unique_graphs'] == graphs > 0
+    torch.testing.assert_close(loss, model(idx, idx.masked_fill(idx == META, -1))[1])
