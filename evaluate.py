@@ -746,7 +746,7 @@ class SpeedConfig:
 
 
 def make_model(name, cfg, machine):
-    """A new model: plain, gather (meta-attention), dense (its reference), or nanoGPT's own."""
+    """A new model: plain, gather (meta-attention), dense (its reference), all logits (gather with the loss unchunked), or nanoGPT's own."""
     torch.manual_seed(0)
     shape = dict(block_size=cfg.block_size, vocab_size=cfg.vocab_size, n_layer=cfg.n_layer, n_head=cfg.n_head, n_embd=cfg.n_embd, dropout=0.0, bias=False)
     if name == 'nanoGPT':
@@ -759,12 +759,13 @@ def make_model(name, cfg, machine):
         model = GPT(GPTConfig(**shape, pos=cfg.pos, meta_attn=name != 'plain', meta_id=cfg.vocab_size - 1))
         for block in model.transformer.h:
             block.dense = name == 'dense'
+        model.loss_chunk = 0 if name == 'all logits' else GPT.loss_chunk
     return model.to(machine.device)
 
 
 def make_step(name, cfg, machine):
     """A function that does one training step (forward, backward, AdamW) of the model `name` on random text."""
-    model, meta_id, rate = make_model(name, cfg, machine), cfg.vocab_size - 1, cfg.meta_rate if name in ('gather', 'dense') else 0.0
+    model, meta_id, rate = make_model(name, cfg, machine), cfg.vocab_size - 1, 0.0 if name in ('plain', 'nanoGPT') else cfg.meta_rate
     kwargs = {} if name == 'nanoGPT' else dict(n_meta=meta_count(cfg.block_size, rate))
     optimizer, = make_optimizers(model, TrainConfig(), machine)
     compiled = machine.compiled(model, cfg)
@@ -860,7 +861,7 @@ def speed(argv):
     if cfg.mode == 'generate':
         return speed_of_generation(cfg, machine)
     cfg.batch_size = cfg.batch_size or (12 if machine.type == 'cuda' else 1)
-    names = ['plain', 'gather', 'dense'] + (['nanoGPT'] if cfg.nanogpt else [])
+    names = ['plain', 'gather', 'dense'] + ['all logits'] * (machine.type == 'cpu') + ['nanoGPT'] * bool(cfg.nanogpt)
     print(f'{machine.name}, {machine.dtype}: {cfg.n_layer} layers, {cfg.n_embd} wide, {cfg.batch_size} x {cfg.block_size} tokens a step, '
           f'{meta_count(cfg.block_size, cfg.meta_rate)} of {cfg.block_size} meta-tokens', flush=True)
     peak = {}
@@ -868,13 +869,17 @@ def speed(argv):
         with multiprocessing.get_context('spawn').Pool(1) as pool:
             peak[name] = pool.apply(peak_memory, (name, cfg))
     steps = {name: make_step(name, cfg, machine) for name in names}
-    times = {name: [] for name in names}
+    times, products, square = {name: [] for name in names}, [], torch.randn(4096, 4096, device=machine.device)
     for n in range(cfg.runs + 1):  # the first round warms up
         for name in names:
             start = time.perf_counter()
             steps[name]()
             if n:
                 times[name].append(time.perf_counter() - start)
+        start = time.perf_counter()
+        with machine.autocast:
+            (square @ square)[0, 0].item()
+        products.append(2 * 4096 ** 3 / (time.perf_counter() - start))
         print(f'\rround {n} of {cfg.runs}', end='', file=sys.stderr, flush=True)
     median = {name: statistics.median(t) for name, t in times.items()}
     print('\n| model | step, median | spread | tokens/s | times plain | peak memory |\n|---|---|---|---|---|---|')
@@ -882,6 +887,9 @@ def speed(argv):
         print(f'| {name} | {median[name]:.3f} s | {min(times[name]):.3f} - {max(times[name]):.3f} | {cfg.batch_size * cfg.block_size / median[name]:,.0f} '
               f"| {median[name] / median['plain']:.3f} | {peak[name] / 2 ** 30:.2f} GiB |")
     print(f"\nmeta-attention costs {median['gather'] / median['plain'] - 1:+.1%} a step; its dense form takes {median['dense'] / median['gather']:.2f} times as long")
+    flops = make_model('gather', cfg, machine).flops_per_token(cfg.block_size, meta_count(cfg.block_size, cfg.meta_rate)) * cfg.batch_size * cfg.block_size
+    rate, peak_rate = flops / median['gather'], statistics.median(products)
+    print(f'a step of gather is {flops / 1e9:,.0f} GFLOP, so {rate / 1e9:,.0f} GFLOP/s: {rate / peak_rate:.0%} of the {peak_rate / 1e9:,.0f} that a 4096 x 4096 matrix product reaches here')
 
 
 COMMANDS = {'tasks': tasks, 'perplexity': perplexity, 'sharpening': sharpening, 'caching': caching, 'rate_distortion': rate_distortion,

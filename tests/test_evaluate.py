@@ -321,10 +321,10 @@ def test_models_without_meta_tokens_are_told_so(inside, refused, trained):
 def test_speed(cli):
     out = cli('evaluate.py', 'speed', '--n_layer=2', '--n_embd=32', '--n_head=2', '--block_size=64', '--vocab_size=320', '--runs=2', '--device=cpu').stdout
     table = {line.split('|')[1].strip(): line.split('|')[2:] for line in out.splitlines() if line.startswith('|')}
-    for name in 'plain', 'gather', 'dense':
+    for name in 'plain', 'gather', 'dense', 'all logits':
         step, _, per_second, ratio, peak, _ = table[name]
         assert float(step.split()[0]) > 0 and int(per_second.replace(',', '')) > 0 and float(ratio) > 0 and 0.05 < float(peak.split()[0]) < 4
-    assert float(table['plain'][3]) == 1.0 and '6 of 64 meta-tokens' in out and 'meta-attention costs' in out
+    assert float(table['plain'][3]) == 1.0 and '6 of 64 meta-tokens' in out and 'meta-attention costs' in out and 'matrix product reaches' in out
 
 
 def test_speed_of_generation(inside):
