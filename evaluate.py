@@ -337,10 +337,10 @@ def open_inside(cls, doc, argv):
 
 
 def look_inside(model, idx, zero_meta=None):
-    """idx (B, T) -> for each block: its causal attention, the arguments that was called with, the residual stream after the block (B, T, C)."""
+    """idx (B, T) -> for each block: its causal attention, the (x, rope) that this was given, the residual stream after the block (B, T, C)."""
     seen, hooks = [], []
     for block in model.transformer.h:
-        hooks.append(block.attn.register_forward_pre_hook(lambda attn, args: seen.append([attn, args])))
+        hooks.append(block.attn.register_forward_pre_hook(lambda attn, args: seen.append([attn, args[:2]])))  # x, rope
         hooks.append(block.register_forward_hook(lambda block, args, x: seen[-1].append(x)))
     with torch.no_grad():
         model.hidden(idx, zero_meta)
