@@ -339,3 +339,17 @@ def test_compile_falls_back(cli, tmp_path):
     """A compiler that is not there costs one warning line, not the run."""
     out = cli('train.py', *SMALL, '--max_iters=2', '--compile=True', CXX='/nonexistent', TORCHINDUCTOR_CACHE_DIR=str(tmp_path / 'cache')).stdout
     assert out.count('warning: torch.compile') == 1 and 'iter      2/2' in out
+
+
+@pytest.mark.parametrize('message, told', [('CUDA out of memory. Tried to allocate 2 GiB.\nmore', True), ('mat1 and mat2 shapes cannot be multiplied', False)])
+def test_running_out_of_memory_is_told_in_one_line(refused, monkeypatch, message, told):
+    import train
+
+    def fit(*args):
+        raise RuntimeError(message)
+    monkeypatch.setattr(train, 'fit', fit)
+    if told:
+        assert 'lower --batch_size' in (line := refused('train.py', *SMALL)) and '2 GiB' in line
+    else:
+        with pytest.raises(RuntimeError, match='shapes'):
+            refused('train.py', *SMALL)
