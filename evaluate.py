@@ -19,6 +19,7 @@ What is measured on a checkpoint is printed, and written to the folder eval/ bes
 import codecs, importlib.util, json, math, multiprocessing, os, resource, statistics, sys, time
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -36,8 +37,8 @@ from train import Machine, TrainConfig, load_checkpoint, make_optimizers, printa
 
 def load_models(paths, yarn_scale, machine):
     """
-    [dict(name, checkpoint, tok, model)] for a comma-separated list of checkpoints; with yarn_scale, each RoPE model a second time, stretched
-    without training. Raises UserError.
+    [dict(name, trained: its settings, tok, model)] for a comma-separated list of checkpoints; with yarn_scale, each RoPE model that was not stretched in training a
+    second time, stretched now. Raises UserError.
     """
     models, paths = [], paths.split(',')
     for path in paths:
@@ -45,16 +46,17 @@ def load_models(paths, yarn_scale, machine):
         name = Path(path).parent.name
         if sum(Path(other).parent.name == name for other in paths) > 1:
             name = path
-        config = GPTConfig(**checkpoint['model_args'])
+        config, trained = GPTConfig(**checkpoint['model_args']), checkpoint['config']
         variants = [(name, config)]
-        if yarn_scale != 1 and config.pos == 'rope':
-            if config.yarn_scale != 1:
-                raise UserError(f'{path} was trained with --yarn_scale={config.yarn_scale}: leave it at that')
-            variants.append((f'{name} + YaRN x{yarn_scale:g}', replace(config, yarn_scale=yarn_scale, yarn_orig_block_size=config.block_size)))
+        if yarn_scale != 1 and config.pos == 'rope' and config.yarn_scale == 1:
+            try:
+                variants.append((f'{name} + YaRN x{yarn_scale:g}', replace(config, yarn_scale=yarn_scale, yarn_orig_block_size=config.block_size)))
+            except ValueError as error:
+                raise UserError(f'--{error}')
         for name, config in variants:
             model = GPT(config)
             model.load_state_dict(checkpoint['model'])
-            models.append(dict(name=name, checkpoint=checkpoint, tok=tokenizer_of(checkpoint), model=model.to(machine.device).eval()))
+            models.append(dict(name=name, trained=trained, tok=tokenizer_of(checkpoint), model=model.to(machine.device).eval()))
     return models
 
 
@@ -94,7 +96,7 @@ def whole_numbers(text, key):
 @dataclass
 class TasksConfig:
     ckpt: str = 'out/tiny-list_recall/best.pt'  # one checkpoint, or several with commas between
-    task: Literal['list_recall', 'segment_counting', 'parity', 'copying', 'all'] = 'list_recall'  # the task to test on; all: each of the four
+    task: Literal['own', 'list_recall', 'segment_counting', 'parity', 'copying', 'all'] = 'own'  # to test on; own: what the first checkpoint was taught; all four
     lengths: str = '64,128,256'  # prompt lengths, in tokens: prompts of three quarters of it to all of it
     n_examples: int = 1000       # of each task and length, held out from training, the same for every model
     yarn_scale: float = 1.0      # test RoPE models also with their context stretched so many times, untrained for it
@@ -120,7 +122,8 @@ def tasks(argv):
         raise UserError(f'--n_examples={cfg.n_examples} must be 1 or more')
     machine = Machine(cfg)
     models = load_models(cfg.ckpt, cfg.yarn_scale, machine)
-    chosen = list(TASKS) if cfg.task == 'all' else [cfg.task]
+    task = models[0]['trained'].get('task', 'list_recall') if cfg.task == 'own' else cfg.task
+    chosen = list(TASKS) if task == 'all' else [task]
     cells, too_long = {}, False
     with tqdm(total=len(chosen) * len(lengths) * len(models) * len(ZEROED), unit=' cells') as bar:
         for task in chosen:
@@ -152,7 +155,7 @@ def tasks(argv):
         print(f'\n{task}: exact match, %, by prompt length (95% interval, {cfg.n_examples} examples)\n')
         print(markdown(['model', 'meta-tokens', *lengths], [[m['name'], words, *row('exact_match', task, m['name'], zero_meta)]
                                                             for m in models for zero_meta, words in ZEROED.items()]))
-        print(f'\n{task}: token accuracy, %\n')
+        print(f'\n{task}: token accuracy, % (interval as if an example were one trial)\n')
         print(markdown(['model', *lengths], [[m['name'], *row('token_accuracy', task, m['name'], None)] for m in models]))
     if too_long:
         print('\n- : learned positions (APE) end at the block size of that model; RoPE models can be tested past theirs')
@@ -166,7 +169,7 @@ def tasks(argv):
             if points:
                 y = np.array([(100 * c['exact_match'], *(100 * np.array(c['exact_match_95']))) for _, c in points])
                 ax.errorbar([length for length, _ in points], y[:, 0], np.abs(y[:, 1:] - y[:, :1]).T, label=m['name'], capsize=3, **style)
-        for trained in sorted({m['checkpoint']['config'].get('train_length', 0) for m in models} - {0}):
+        for trained in sorted({m['trained'].get('train_length', 0) for m in models} - {0}):
             ax.axvline(trained, color='0.6', lw=1, zorder=0)
             ax.annotate(f'trained up to {trained}', (trained, 102), ha='center', fontsize=8, color='0.4', annotation_clip=False)
         ax.set_xscale('log', base=2)
@@ -197,6 +200,7 @@ class PerplexityConfig:
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'float32'  # of matrix products
 
 
+@lru_cache
 def read_documents(text, tok):
     """The documents of local files, each (n,) ids; of a data folder its validation text, as one. Raises UserError."""
     name = text.rstrip('/').removeprefix('data/')
@@ -206,7 +210,11 @@ def read_documents(text, tok):
             raise UserError(f'--text={text} holds tokens of {data.tok.name}, the model knows those of {tok.name}')
         return [data.val]
     documents, pieces = [], []
-    for path in local_files(text):
+    try:
+        paths = local_files(text)
+    except UserError as error:
+        raise UserError(str(error).replace('--source=', '--text='))
+    for path in paths:
         for piece, ends, _ in read_file(path, 'text'):
             pieces.append(piece)
             if ends:
@@ -215,7 +223,7 @@ def read_documents(text, tok):
     return documents
 
 
-def window_losses(model, tokens, T, stride, meta_rate, batch_size, machine):
+def window_losses(model, tokens, T, stride, meta_rate, batch_size, machine, placement='random'):
     """
     Slides a window over a document, tokens (n,): T positions, of which M hold meta-tokens and T - M the text. Each window scores the tokens that
     the one before it did not reach, the first one all; so each token of the document but the first is scored once, in at least T - M - stride of context.
@@ -231,7 +239,7 @@ def window_losses(model, tokens, T, stride, meta_rate, batch_size, machine):
     for n in range(0, len(starts), batch_size):
         start, before = starts[n:n + batch_size, None], reached[n:n + batch_size, None]
         text = tokens[np.minimum(start + np.arange(W + 1), last)]               # (B, W + 1)
-        idx, targets = inject_meta_tokens(text, meta_rate, meta_id, rng, T)     # (B, T)
+        idx, targets = inject_meta_tokens(text, meta_rate, meta_id, rng, T, placement)  # (B, T)
         token = start + (idx != meta_id).cumsum(axis=1)                         # (B, T) which of the document's tokens is the target
         valid = (targets >= 0) & (token > start) & (token <= last)
         i, t = machine.to_device(idx, targets)
@@ -239,7 +247,7 @@ def window_losses(model, tokens, T, stride, meta_rate, batch_size, machine):
             x = model.hidden(i, n_meta=M).flatten(0, 1)                         # (B·T, C)
             nats = torch.cat([F.cross_entropy(model.lm_head(rows).float(), wanted, ignore_index=-1, reduction='none')
                               for rows, wanted in zip(x.split(4096), t.flatten().split(4096))]).view(idx.shape)
-        yield np.where(valid, nats.double().cpu().numpy(), np.nan), valid & (token > before)
+        yield np.where(valid, nats.cpu().double().numpy(), np.nan), valid & (token > before)
 
 
 def perplexity(argv):
@@ -252,14 +260,16 @@ def perplexity(argv):
     machine = Machine(cfg)
     runs = []
     for m in load_models(cfg.ckpt, cfg.yarn_scale, machine):
-        config, trained_rate = m['model'].config, m['checkpoint']['config'].get('meta_rate', 0.1 if m['model'].config.meta_attn else 0)
+        config, trained_rate = m['model'].config, m['trained'].get('meta_rate', 0.1 if m['model'].config.meta_attn else 0)
         T = cfg.block_size or config.block_size
         if config.pos == 'ape' and T > config.block_size:
             raise UserError(f"--block_size={T}: {m['name']} has learned positions (APE), and they end at {config.block_size}")
         for rate in sorted({0, trained_rate}):
-            runs.append((m, T, cfg.stride or T // 2, rate))
-            if cfg.stride > T - meta_count(T, rate):
-                raise UserError(f'--stride={cfg.stride} would leave text out: a window holds {T - meta_count(T, rate)} text tokens')
+            W = T - meta_count(T, rate)                                         # text tokens in a window
+            stride = cfg.stride or max(min(T // 2, W), 1)
+            if T < 2 or stride > W:
+                raise UserError(f'a window of --block_size={T} holds {W} text tokens, and --stride={stride} would leave text out')
+            runs.append((m, T, stride, rate))
     results = []
     for m, T, stride, rate in runs:
         documents = read_documents(cfg.text, m['tok'])
@@ -268,12 +278,14 @@ def perplexity(argv):
         if not documents:
             raise UserError(f'--text={cfg.text}: no text of two tokens or more')
         nats = n_scored = n_windows = n_bytes = 0
+        bytes_of = token_bytes(m['tok'])
         bucket_nats, bucket_count = np.zeros(cfg.n_buckets), np.zeros(cfg.n_buckets)
         bucket = np.arange(T) * cfg.n_buckets // T
         with tqdm(total=sum(len(tokens) - 1 for tokens in documents), unit=' tokens', unit_scale=True, desc=m['name'], leave=False) as bar:
             for tokens in documents:
-                n_bytes += int(token_bytes(m['tok'])[tokens[1:]].sum())
-                for losses, scored in window_losses(m['model'], tokens, T, stride, rate, cfg.batch_size, machine):
+                n_bytes += int(bytes_of[tokens[1:]].sum())
+                for losses, scored in window_losses(m['model'], tokens, T, stride, rate, cfg.batch_size, machine,
+                                                     m['trained'].get('meta_placement', 'random')):
                     nats, n_scored, n_windows = nats + float(losses[scored].sum()), n_scored + int(scored.sum()), n_windows + len(losses)
                     bucket_nats += np.bincount(bucket, np.nansum(losses, axis=0), cfg.n_buckets)
                     bucket_count += np.bincount(bucket, (~np.isnan(losses)).sum(axis=0), cfg.n_buckets)
@@ -323,14 +335,15 @@ def open_inside(cls, doc, argv):
         raise UserError(f'--n_rows={cfg.n_rows} must be 2 or more, --batch_size={cfg.batch_size} 1 or more')
     machine = Machine(cfg)
     m, = load_models(cfg.ckpt.split(',')[0], 1.0, machine)
-    config, trained = m['model'].config, m['checkpoint']['config']
+    config, trained = m['model'].config, m['trained']
     rate = trained.get('meta_rate', 0.1 if config.meta_attn else 0.0)
     if not meta_count(config.block_size, rate):
         raise UserError(f'{cfg.ckpt} was trained without meta-tokens: there is nothing to measure here; name one that was, with --ckpt=')
-    data = load_data(cfg.dataset or trained.get('dataset', 'stdlib'))
+    name = cfg.dataset or trained.get('dataset', 'stdlib')
+    data = load_data(name)
     if data.tok.name != m['tok'].name:
-        raise UserError(f'--dataset={cfg.dataset} holds tokens of {data.tok.name}, the model knows those of {m["tok"].name}')
-    blocks = Blocks(data.val, config.block_size, rate, config.meta_id, 0)
+        raise UserError(f'data/{name} holds tokens of {data.tok.name}, the model knows those of {m["tok"].name}: give another --dataset=')
+    blocks = Blocks(data.val, config.block_size, rate, config.meta_id, 0, trained.get('meta_placement', 'random'))
     if blocks.n_chunks < cfg.n_rows:
         raise UserError(f'--n_rows={cfg.n_rows}: the validation text has only {blocks.n_chunks}')
     return cfg, machine, m['name'], m['model'], m['tok'], torch.from_numpy(blocks.batch(0, cfg.n_rows)[0])
@@ -354,14 +367,19 @@ def attention_logits(attn, x, rope):
     """What the softmax of a causal attention sees, (B, H, T, T): Q K^T / sqrt(D), -inf above the diagonal."""
     q, k, _ = attn.qkv(x, rope)
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
-    return scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1), -torch.inf)
+    return scores.float().masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1), -torch.inf)
 
 
-def bootstrap(rows, n=1000):
-    """The mean over the first axis and its 95% interval, the rows drawn again n times: (mean, low, high)."""
+def bootstrap(statistic, n_rows, n=1000):
+    """statistic(rows) of all rows, an index array, and its 95% interval from n draws of as many rows: (value, low, high)."""
     rng = np.random.default_rng(0)
-    means = np.stack([rows[rng.integers(len(rows), size=len(rows))].mean(axis=0) for _ in range(n)])
-    return rows.mean(axis=0), *np.percentile(means, (2.5, 97.5), axis=0)
+    draws = np.stack([statistic(rng.integers(n_rows, size=n_rows)) for _ in range(n)])
+    return statistic(np.arange(n_rows)), *np.percentile(draws, (2.5, 97.5), axis=0)
+
+
+def verdict(low, high, words=('it falls', 'not resolved', 'it rises')):
+    """Where an interval lies: below 0, about it, above it."""
+    return words[0] if high < 0 else words[2] if low > 0 else words[1]
 
 
 def sharpening(argv):
@@ -375,8 +393,9 @@ def sharpening(argv):
         for n in range(0, len(rows), cfg.batch_size):
             batch, text = rows[n:n + cfg.batch_size].to(machine.device), is_text[n:n + cfg.batch_size].to(machine.device)
             layers = []
-            for attn, args, _ in look_inside(model, batch, zero_meta):
-                logits = attention_logits(attn, *args)                               # (B, H, T, T)
+            with machine.autocast:
+                logits_of = [attention_logits(attn, *args) for attn, args, _ in look_inside(model, batch, zero_meta)]
+            for logits in logits_of:                                                 # (B, H, T, T)
                 both = torch.stack((torch.special.entr(logits.softmax(-1)).sum(-1), logits.amax(-1)), dim=1)    # (B, 2, H, T)
                 if case != 'removed':
                     both = both.movedim(3, 1)[text].view(len(batch), -1, *both.shape[1:3]).movedim(1, 3)        # (B, 2, H, W)
@@ -386,8 +405,7 @@ def sharpening(argv):
     results, table = {}, []
     for case, words in ('zeroed', 'against zeroed embeddings'), ('removed', 'against the text without them'):
         change = measured['as is'] - measured[case]                                  # (n_rows, 2, L, H, W - 1)
-        by_head = bootstrap(change.mean(axis=4))                                     # 3 x (2, L, H)
-        total = bootstrap(change.mean(axis=(2, 3, 4)))                               # 3 x (2,)
+        by_head, total = (bootstrap(lambda rows: x[rows].mean(axis=0), len(idx)) for x in (change.mean(axis=4), change.mean(axis=(2, 3, 4))))  # 3 x (2, L, H), (2,)
         results[case] = {what: dict(mean=float(total[0][w]), interval_95=[float(total[1][w]), float(total[2][w])],
                                     by_layer_and_head=dict(zip(('mean', 'low', 'high'), (x[w].tolist() for x in by_head))))
                          for w, what in enumerate(('entropy', 'largest_logit'))}
@@ -397,11 +415,8 @@ def sharpening(argv):
     print(f'{name}: change by the presence of meta-tokens, at text tokens of {len(idx)} rows; entropy in nats\n')
     print(markdown(['', 'layer', 'entropy', *heads, 'largest logit', *heads], table) + '\n')
     for case, words in ('zeroed', 'with their embeddings zeroed'), ('removed', 'without them'):
-        e, p = results[case]['entropy'], results[case]['largest_logit']
-        verdict = ['refuted', 'not resolved', 'confirmed']
-        fell, rose = (1 + (r['interval_95'][0] > 0) - (r['interval_95'][1] < 0) for r in (dict(interval_95=[-x for x in e['interval_95'][::-1]]), p))
-        print(f"compared to the same text {words}: entropy {e['mean']:+.3f} ({e['interval_95'][0]:+.3f} to {e['interval_95'][1]:+.3f}), \"it falls\" is {verdict[fell]}; "
-              f"largest logit {p['mean']:+.3f} ({p['interval_95'][0]:+.3f} to {p['interval_95'][1]:+.3f}), \"it rises\" is {verdict[rose]}")
+        shown = [f"{r['mean']:+.3f} ({r['interval_95'][0]:+.3f} to {r['interval_95'][1]:+.3f}), {verdict(*r['interval_95'])}" for r in results[case].values()]
+        print(f'compared to the same text {words}: entropy {shown[0]}; largest logit {shown[1]}; the paper: it falls (by 1.40), it rises (by 1.26)')
     plt = pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout='constrained')
     for w, (ax, label) in enumerate(zip(axes, ('change of entropy (nats)', 'change of the largest logit'))):
@@ -432,10 +447,11 @@ def caching(argv):
         pairs = torch.ones(T, T, dtype=torch.bool).tril(-1) & ~is_meta[:, None, :]   # (B, T, T): to earlier text tokens
         seen_meta = (is_meta[:, None, :] * torch.ones(T, T).tril()).sum(-1) / torch.arange(1, T + 1)  # (B, T) share of meta-tokens among those it sees
         uniform[n:n + len(batch)] = [(share[~meta]).mean() for share, meta in zip(seen_meta, is_meta)]
-        for layer, (attn, args, x) in enumerate(look_inside(model, batch)):
+        with machine.autocast:
+            layers = [(attention_logits(attn, *args).softmax(-1).mean(1).cpu(), x.float()) for attn, args, x in look_inside(model, batch)]
+        for layer, (weight, x) in enumerate(layers):                                 # weight (B, T, T), mean over heads
             unit = F.normalize(x, dim=-1)
             cosine = (unit @ unit.transpose(1, 2)).cpu()                             # (B, T, T)
-            weight = attention_logits(attn, *args).softmax(-1).mean(1).cpu()         # (B, T, T), mean over heads
             for b in range(len(batch)):
                 looked[n + b, layer] = (weight[b] * is_meta[b]).sum(-1)[~is_meta[b]].mean()
                 for kind, rows in enumerate((is_meta[b], ~is_meta[b])):
@@ -445,22 +461,24 @@ def caching(argv):
             if n == 0:
                 example = cosine[0].numpy()                                          # of the last layer, in the end
     edges = np.unique(np.round(np.geomspace(1, T, 16)).astype(int))                  # distances from edge to edge are one point of the curve
-    bins = np.add.reduceat(sums, edges[:-1], axis=3), np.add.reduceat(counts, edges[:-1], axis=2)
-    curve = bins[0] / np.maximum(bins[1], 1)[:, None]                                # (2, L, n_rows, points)
-    mean, low, high = bootstrap(curve.transpose(2, 0, 1, 3))                         # 3 x (2, L, points)
-    looked_mean, looked_low, looked_high = bootstrap(looked)
-    near, far = [(edges[:-1] <= 4), (edges[:-1] >= T // 8)]
-    fade = bootstrap(curve[..., near].mean(-1).transpose(2, 0, 1) - curve[..., far].mean(-1).transpose(2, 0, 1))  # 3 x (2, L)
-    print(f'{name}: {len(idx)} rows. Fading: cosine at a distance of up to 4, less that from {T // 8} on. Attention: share that text tokens give to meta-tokens, whose share '
+    binned, n_pairs = np.add.reduceat(sums, edges[:-1], axis=3), np.add.reduceat(counts, edges[:-1], axis=2)
+    n_rows, far = len(idx), T // 8
+    mean, low, high = bootstrap(lambda rows: binned[:, :, rows].sum(2) / np.maximum(n_pairs[:, rows].sum(1), 1)[:, None], n_rows)  # 3 x (2, L, points)
+
+    def fading(rows):                                                                # (2, L): near less far, each over all pairs of the rows
+        s, c = sums[:, :, rows].sum(2), counts[:, rows].sum(1)[:, None]
+        return s[..., 1:5].sum(-1) / c[..., 1:5].sum(-1).clip(1) - s[..., far:].sum(-1) / c[..., far:].sum(-1).clip(1)
+    fade, more = bootstrap(fading, n_rows), bootstrap(lambda rows: fading(rows)[0, -1] - fading(rows)[1, -1], n_rows)
+    look = bootstrap(lambda rows: looked[rows].mean(axis=0), n_rows)                 # 3 x (L,)
+    over = bootstrap(lambda rows: (looked[rows].mean(axis=1) - uniform[rows]).mean(), n_rows)
+    print(f'{name}: {n_rows} rows. Fading: cosine at a distance of up to 4, less that from {far} on. Attention: share that text tokens give to meta-tokens, whose share '
           f'among the tokens they see is {100 * uniform.mean():.1f}%\n')
     print(markdown(['layer', 'fading at meta-tokens', 'at text tokens (control)', 'attention to meta-tokens, %'],
                    [[layer, *(f'{fade[0][k, layer]:+.3f} ({fade[1][k, layer]:+.3f} to {fade[2][k, layer]:+.3f})' for k in (0, 1)),
-                     f'{100 * looked_mean[layer]:.1f} ({100 * looked_low[layer]:.1f}-{100 * looked_high[layer]:.1f})'] for layer in range(L)]) + '\n')
-    more = bootstrap(curve[0, -1][:, near].mean(-1) - curve[0, -1][:, far].mean(-1) - curve[1, -1][:, near].mean(-1) + curve[1, -1][:, far].mean(-1))
-    fades = 'fades' if fade[1][0, -1] > 0 else 'does not fade'
-    versus = 'more than' if more[1] > 0 else 'less than' if more[2] < 0 else 'as much as'
-    print(f'after the last block, what a meta-token holds {fades} with distance, and does so {versus} what a text token holds; text tokens look at meta-tokens '
-          f"{'more' if looked_low.mean() > uniform.mean() else 'less' if looked_high.mean() < uniform.mean() else 'as much'} than uniform attention would")
+                     f'{100 * look[0][layer]:.1f} ({100 * look[1][layer]:.1f}-{100 * look[2][layer]:.1f})'] for layer in range(L)]) + '\n')
+    print('after the last block, what a meta-token holds', verdict(fade[1][0, -1], fade[2][0, -1], ('grows with distance', 'neither fades nor grows, as far as can be resolved,', 'fades with distance'))
+          + f'; against what a text token holds it fades {verdict(*more[1:], ("less", "as much, as far as can be resolved", "more"))} ({more[0]:+.3f}, {more[1]:+.3f} to {more[2]:+.3f}); '
+          f"text tokens look at meta-tokens {verdict(*over[1:], ('less than', 'as much, as far as can be resolved, as', 'more than'))} uniform attention would")
     plt = pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5), width_ratios=(1, 1.5), layout='constrained')
     for kind, label, color, marker in (0, 'meta-tokens', 'C0', 'o'), (1, 'text tokens (control)', 'k', 's'):
@@ -482,7 +500,7 @@ def caching(argv):
     figure.suptitle(name)
     write_results(cfg.ckpt, 'caching', figure, dict(settings=asdict(cfg), distance=edges[:-1].tolist(), curves={
         kind: {part: x[k].tolist() for part, x in (('mean', mean), ('low', low), ('high', high))} for k, kind in enumerate(('meta', 'text'))},
-        fading=dict(zip(('mean', 'low', 'high'), (x.tolist() for x in fade))), attention_to_meta=looked_mean.tolist(), meta_share=float(uniform.mean())))
+        fading=dict(zip(('mean', 'low', 'high'), (x.tolist() for x in fade))), attention_to_meta=look[0].tolist(), meta_share=float(uniform.mean())))
 
 # ------------------------------------------------------------------------------
 # rate_distortion: what the hidden state of the last meta-token tells about the answer per nat kept of it (paper, section 5)
@@ -502,7 +520,7 @@ class RateDistortionConfig:
 
 def bottleneck_examples(m, n, split, machine):
     """n examples: hidden states h (3, n, C), of the last meta-token, the last text token, the last meta-token without its position; targets y (n,)."""
-    model, tok, trained = m['model'], m['tok'], m['checkpoint']['config']
+    model, tok, trained = m['model'], m['tok'], m['trained']
     meta_id, rows = model.config.meta_id, []
     if 'task' in trained:                                         # y is the answer's first token that is not a space
         names = list(TASKS) if trained['task'] == 'all' else [trained['task']]
@@ -512,7 +530,10 @@ def bottleneck_examples(m, n, split, machine):
             rows.append((prompt, next(i for i in answer if tok.decode([i]).strip())))
     else:                                                         # a row of text, its last position a meta-token; y is the token after it
         data, rate, T = load_data(trained['dataset']), trained['meta_rate'], model.config.block_size
-        idx, targets = Blocks(data.val if split == 'test' else data.train, T - 1, rate, meta_id, 1).batch(0, n)
+        blocks = Blocks(data.val if split == 'test' else data.train, T - 1, rate, meta_id, 1, trained.get('meta_placement', 'random'))
+        if blocks.n_chunks < n:
+            raise UserError(f'the {split} text has only {blocks.n_chunks} rows: lower --n_{split}')
+        idx, targets = blocks.batch(0, n)
         rows = [(row.tolist() + [meta_id], int(y)) for row, y in zip(idx, targets[:, -1])]
     width, h = max(len(prompt) for prompt, _ in rows), [[], [], []]
     for k in range(0, n, 64):
@@ -563,12 +584,15 @@ def fit_bottlenecks(h, y, h_test, y_test, betas, n_seeds, z_dim, n_steps):
     return torch.stack(results).mean(0).view(2, n_seeds, len(betas), -1).cpu().numpy()
 
 
-def lower_at_equal_rate(one, other):
-    """Two curves (2, points) of rate and distortion: the mean of one's distortion less other's over the rates that both reach; nan if there are none."""
+def lower_at_equal_rate(one, other, most):
+    """
+    Two curves (2, points) of rate and distortion: the mean of one's distortion less other's over the rates up to `most` that both reach; nan if these
+    are less than a tenth of it. `most` is the entropy of the target: to keep more than that is not to compress.
+    """
     one, other = (x[:, np.argsort(x[0])] for x in (one, other))
-    low, high = max(one[0, 0], other[0, 0]), min(one[0, -1], other[0, -1])
+    low, high = max(one[0, 0], other[0, 0]), min(one[0, -1], other[0, -1], most)
     rates = np.linspace(low, high, 50)
-    return np.nan if low >= high else (np.interp(rates, *one) - np.interp(rates, *other)).mean()
+    return np.nan if high - low < most / 10 else (np.interp(rates, *one) - np.interp(rates, *other)).mean()
 
 
 def rate_distortion(argv):
@@ -579,12 +603,14 @@ def rate_distortion(argv):
             raise UserError(f'--{key}={getattr(cfg, key)} must be 2 or more')
     machine = Machine(cfg)
     m, = load_models(cfg.ckpt.split(',')[0], 1.0, machine)
-    trained = m['checkpoint']['config']
+    trained = m['trained']
     if 'task' not in trained and not meta_count(trained['block_size'], trained['meta_rate']):
         raise UserError(f'{cfg.ckpt} was trained without meta-tokens: it has no last meta-token; name a model that was, with --ckpt=')
     (h, y), (h_test, y_test) = (bottleneck_examples(m, n, split, machine) for n, split in ((cfg.n_train, 'train'), (cfg.n_test, 'test')))
     classes = sorted(set(y.tolist()))                                                # a test target that training never saw counts as the last class
     y, y_test = (torch.tensor([classes.index(i) if i in classes else len(classes) - 1 for i in x.tolist()], device=machine.device) for x in (y, y_test))
+    share = np.bincount(y_test.cpu().numpy()) / len(y_test)
+    most = -(share[share > 0] * np.log(share[share > 0])).sum()                      # nats: the entropy of the target
     betas = np.geomspace(1e-3, 1, cfg.n_betas).tolist()
     names = 'last meta-token', 'last text token', 'last meta-token, position zeroed'
     curves = np.stack([fit_bottlenecks(h[c], y, h_test[c], y_test, betas, cfg.n_seeds, cfg.z_dim, cfg.n_steps) for c in range(3)])  # (3, 2, seeds, betas, n_test)
@@ -592,18 +618,19 @@ def rate_distortion(argv):
     rng, drawn = np.random.default_rng(0), []
     for _ in range(200):                                                             # both the seeds and the held-out examples drawn again
         sample = curves[:, :, rng.integers(cfg.n_seeds, size=cfg.n_seeds)].mean(2)[..., rng.integers(cfg.n_test, size=cfg.n_test)].mean(-1)
-        drawn.append([lower_at_equal_rate(sample[c], sample[1]) for c in (0, 2)])
-    low, high = np.nanpercentile(drawn, (2.5, 97.5), axis=0)
+        drawn.append([lower_at_equal_rate(sample[c], sample[1], most) for c in (0, 2)])
+    low, high = np.percentile(drawn, (2.5, 97.5), axis=0)                            # nan, so not resolved, where a draw was
     spread = np.percentile(curves.mean(-1), (2.5, 97.5), axis=2)                     # (2, 3, 2, betas), over the seeds
     print(f"{m['name']}: {cfg.n_train} training and {cfg.n_test} held-out examples, {len(classes)} classes, {cfg.n_seeds} seeds; rate and distortion in nats, held out\n")
     print(markdown(['beta', *(f'{name}: {what}' for name in names for what in ('rate', 'distortion'))],
                    [[f'{beta:.3g}', *(f'{mean[c, w, b]:.3f}' for c in range(3) for w in (0, 1))] for b, beta in enumerate(betas)]) + '\n')
     verdicts = {}
     for k, c in enumerate((0, 2)):
-        difference = lower_at_equal_rate(mean[c], mean[1])
-        verdicts[names[c]] = dict(difference=float(difference), interval_95=[float(low[k]), float(high[k])],
-                                  lower='yes' if high[k] < 0 else 'no' if low[k] > 0 else 'not resolved')
-        print(f'{names[c]} against last text token: lower at equal rate: {verdicts[names[c]]["lower"]} ({difference:+.3f} nats, {low[k]:+.3f} to {high[k]:+.3f})')
+        v = dict(difference=lower_at_equal_rate(mean[c], mean[1], most), low=low[k], high=high[k], lower=verdict(low[k], high[k], ('yes', 'not resolved', 'no')))
+        verdicts[names[c]] = {key: x if isinstance(x, str) else None if np.isnan(x) else float(x) for key, x in v.items()}
+        print(f"{names[c]} against last text token: lower at equal rate: {v['lower']} ({v['difference']:+.3f} nats, {low[k]:+.3f} to {high[k]:+.3f}; rates up to {most:.2f} nats, the entropy of the target)")
+    if 'task' in trained and m['tok'].name == 'bytes':
+        print('the answer is a space first, then what is asked for: neither of the two tokens is the one that predicts it, as it would be with words (gpt2)')
     plt = pyplot()
     figure, ax = plt.subplots(figsize=(7, 5), layout='constrained')
     for c, style in enumerate((dict(color='C0', marker='o'), dict(color='k', marker='s', ls='--'), dict(color='C1', marker='^', ls=':'))):
@@ -612,7 +639,8 @@ def rate_distortion(argv):
     ax.grid(alpha=0.3)
     ax.legend()
     write_results(cfg.ckpt, 'rate_distortion', figure, dict(settings=asdict(cfg), beta=betas, verdicts=verdicts, curves={
-        name: dict(rate=mean[c, 0].tolist(), distortion=mean[c, 1].tolist()) for c, name in enumerate(names)}))
+        name: {what: dict(mean=mean[c, w].tolist(), low=spread[0, c, w].tolist(), high=spread[1, c, w].tolist()) for w, what in enumerate(('rate', 'distortion'))}
+        for c, name in enumerate(names)}))
 
 # ------------------------------------------------------------------------------
 # theory: the paper's two theorems, as things to run
@@ -648,6 +676,11 @@ class TheoryConfig:
 def theory(argv):
     """When does a boost of one logit lower the entropy of attention? And: can a meta-token's logit be a fixed positional bias?"""
     cfg, _ = parse_config(TheoryConfig, argv=argv, doc=theory.__doc__)
+    if cfg.n_keys < 2 or cfg.n_rows < 1:
+        raise UserError(f'--n_keys={cfg.n_keys} must be 2 or more, --n_rows={cfg.n_rows} 1 or more')
+    m, = load_models(cfg.ckpt.split(',')[0], 1.0, Machine(TrainConfig(device='cpu')))
+    if not m['trained'].get('meta_rate', 1.0):
+        raise UserError(f'{cfg.ckpt} was trained without meta-tokens; name one that was, with --ckpt=')
     generator = torch.Generator().manual_seed(cfg.seed)
     logits = torch.randn(cfg.n_rows, cfg.n_keys, generator=generator, dtype=torch.float64) * 3 * torch.rand(cfg.n_rows, 1, generator=generator, dtype=torch.float64)
     boost = torch.zeros(cfg.n_keys, dtype=torch.float64)
@@ -659,7 +692,6 @@ def theory(argv):
     print(f"""entropy: one logit of {cfg.n_rows:,} random rows of {cfg.n_keys} keys raised a little
   it fell in {fell.double().mean():.1%} of them; "it falls if and only if p > exp(-H)" is right in {(fell == condition).double().mean():.2%}
   so the theorem without a condition is false: logits {counter.tolist()}, the last raised by 2: entropy {entropy(counter):.3f} -> {entropy(boosted):.3f} nats""")
-    m, = load_models(cfg.ckpt.split(',')[0], 1.0, Machine(TrainConfig(device='cpu')))
     model, meta_id, T = m['model'], m['model'].config.meta_id, min(32, m['model'].config.block_size)
     inputs = torch.randint(meta_id - 1, (2, T), generator=generator)
     inputs[:, T // 2] = meta_id
@@ -667,7 +699,7 @@ def theory(argv):
     print(f"""expressiveness: {m['name']}, two inputs of {T} tokens, the meta-token at position {T // 2} in both; logits of the last position for it, by head of the last block
   {'  '.join(f'{x:+.3f}' for x in contributions[0].tolist())}
   {'  '.join(f'{x:+.3f}' for x in contributions[1].tolist())}
-  a fixed positional bias is one number for this pair of positions, so it cannot be both""")
+  they differ by up to {(contributions[0] - contributions[1]).abs().max():.3f}; a fixed positional bias is one number for this pair of positions: it differs by 0""")
 
 # ------------------------------------------------------------------------------
 # sample: text, as it comes
@@ -695,7 +727,7 @@ def with_meta(ids, every, meta_id):
 def sample(argv):
     """Text from a checkpoint, printed as it comes."""
     cfg, _ = parse_config(SampleConfig, argv=argv, doc=sample.__doc__)
-    for key, least in ('num_samples', 1), ('max_new_tokens', 1), ('temperature', 0), ('top_k', 0), ('top_p', 0), ('meta_every', -1):
+    for key, least in ('num_samples', 1), ('max_new_tokens', 1), ('temperature', 0), ('top_k', 0), ('top_p', 0.001), ('meta_every', -1):
         if getattr(cfg, key) < least:
             raise UserError(f'--{key}={getattr(cfg, key)} must be {least} or more')
     machine = Machine(cfg)
@@ -705,7 +737,7 @@ def sample(argv):
         prompt = sys.stdin.read() if cfg.prompt == '-' else Path(cfg.prompt[5:]).read_text(encoding='utf-8') if cfg.prompt.startswith('FILE:') else cfg.prompt
     except UnicodeDecodeError as error:
         raise UserError(f'--prompt={cfg.prompt} is not UTF-8 text ({error})')
-    rate = m['checkpoint']['config'].get('meta_rate', 0.0)
+    rate = m['trained'].get('meta_rate', 0.0)
     every = cfg.meta_every if cfg.meta_every >= 0 else max(round(1 / rate) - 1, 1) if rate else 0
     idx = torch.tensor([with_meta(encode(tok, prompt).tolist() or [tok.eot_token], every, model.config.meta_id)], device=machine.device)
     generator = torch.Generator(machine.device).manual_seed(cfg.seed)
@@ -745,7 +777,7 @@ class SpeedConfig:
     compile: Literal['auto', 'True', 'False'] = 'auto'  # torch.compile; auto: on CUDA only
 
 
-def make_model(name, cfg, machine):
+def timed_model(name, cfg, machine):
     """A new model: plain, gather (meta-attention), dense (its reference), all logits (gather with the loss unchunked), or nanoGPT's own."""
     torch.manual_seed(0)
     shape = dict(block_size=cfg.block_size, vocab_size=cfg.vocab_size, n_layer=cfg.n_layer, n_head=cfg.n_head, n_embd=cfg.n_embd, dropout=0.0, bias=False)
@@ -765,7 +797,7 @@ def make_model(name, cfg, machine):
 
 def make_step(name, cfg, machine):
     """A function that does one training step (forward, backward, AdamW) of the model `name` on random text."""
-    model, meta_id, rate = make_model(name, cfg, machine), cfg.vocab_size - 1, 0.0 if name in ('plain', 'nanoGPT') else cfg.meta_rate
+    model, meta_id, rate = timed_model(name, cfg, machine), cfg.vocab_size - 1, 0.0 if name in ('plain', 'nanoGPT') else cfg.meta_rate
     kwargs = {} if name == 'nanoGPT' else dict(n_meta=meta_count(cfg.block_size, rate))
     optimizer, = make_optimizers(model, TrainConfig(), machine)
     compiled = machine.compiled(model, cfg)
@@ -798,7 +830,7 @@ def speed_of_generation(cfg, machine):
     lengths, meta_id, every = whole_numbers(cfg.prompts, 'prompts'), cfg.vocab_size - 1, max(round(1 / cfg.meta_rate) - 1, 1) if cfg.meta_rate > 0 else 0
     if max(lengths) + cfg.new_tokens * (1 + bool(every)) > cfg.block_size or cfg.new_tokens < 2:
         raise UserError(f'--prompts={cfg.prompts} and --new_tokens={cfg.new_tokens} (2 or more) must fit into --block_size={cfg.block_size}')
-    models = {name: make_model(name, cfg, machine).eval() for name in ['plain', 'gather'] + (['nanoGPT'] if cfg.nanogpt else [])}
+    models = {name: timed_model(name, cfg, machine).eval() for name in ['plain', 'gather'] + (['nanoGPT'] if cfg.nanogpt else [])}
     big, reads = torch.ones(2 ** 27, device=machine.device), []                      # half a GiB
     sync = torch.cuda.synchronize if machine.type == 'cuda' else lambda: None
 
@@ -842,6 +874,7 @@ def speed_of_generation(cfg, machine):
          f'{1000 * min(t[1] for t in times[length, name]):.1f} - {1000 * max(t[1] for t in times[length, name]):.1f}',
          f'{1 / median[length, name][1]:.1f}', f"{median[length, name][1] / median[length, 'plain'][1]:.3f}"] for length in lengths for name in names]))
     weights = sum(p.nbytes for p in models['plain'].parameters()) - (models['plain'].transformer.wpe.weight.nbytes if cfg.pos == 'ape' else 0)
+    weights //= 1 if machine.dtype == 'float32' else 2                               # autocast keeps a 16-bit copy of each matrix
     bound = statistics.median(reads) / weights
     print(f'\na token reads {weights / 1e6:.0f} MB of weights, and this machine reads {statistics.median(reads) / 1e9:.1f} GB/s: at most {bound:.1f} tokens/s. '
           + ', '.join(f"{1 / median[length, 'plain'][1] / bound:.0%} of that after {length}" for length in lengths))
@@ -855,8 +888,8 @@ def speed(argv):
         GPTConfig(n_head=cfg.n_head, n_embd=cfg.n_embd, pos=cfg.pos)
     except ValueError as error:
         raise UserError(str(error))
-    if cfg.runs < 1:
-        raise UserError(f'--runs={cfg.runs} must be 1 or more')
+    if cfg.runs < 1 or cfg.vocab_size < 2:
+        raise UserError(f'--runs={cfg.runs} must be 1 or more, --vocab_size={cfg.vocab_size} 2 or more')
     machine = Machine(cfg)
     if cfg.mode == 'generate':
         return speed_of_generation(cfg, machine)
@@ -887,7 +920,7 @@ def speed(argv):
         print(f'| {name} | {median[name]:.3f} s | {min(times[name]):.3f} - {max(times[name]):.3f} | {cfg.batch_size * cfg.block_size / median[name]:,.0f} '
               f"| {median[name] / median['plain']:.3f} | {peak[name] / 2 ** 30:.2f} GiB |")
     print(f"\nmeta-attention costs {median['gather'] / median['plain'] - 1:+.1%} a step; its dense form takes {median['dense'] / median['gather']:.2f} times as long")
-    flops = make_model('gather', cfg, machine).flops_per_token(cfg.block_size, meta_count(cfg.block_size, cfg.meta_rate)) * cfg.batch_size * cfg.block_size
+    flops = timed_model('gather', cfg, machine).flops_per_token(cfg.block_size, meta_count(cfg.block_size, cfg.meta_rate)) * cfg.batch_size * cfg.block_size
     rate, peak_rate = flops / median['gather'], statistics.median(products)
     print(f'a step of gather is {flops / 1e9:,.0f} GFLOP, so {rate / 1e9:,.0f} GFLOP/s: {rate / peak_rate:.0%} of the {peak_rate / 1e9:,.0f} that a 4096 x 4096 matrix product reaches here')
 

@@ -63,8 +63,12 @@ class FinetuneConfig:
     bias: bool = False           # in linear layers and layer norms
     pos: Literal['rope', 'ape', 'none'] = 'rope'  # positions: rotary, learned (GPT-2's), or none
     meta_attn: bool = True       # the second attention, among meta-tokens
-    yarn_scale: float = 1.0      # the checkpoint's
+    yarn_scale: float = 1.0      # with a RoPE checkpoint: stretch its context so many times
     dropout: float = 0.0         # in training only
+    # of the pre-training, which evaluate.py asks for; a checkpoint brings its own
+    dataset: str = 'stdlib'      # data/DATASET
+    meta_rate: float = 0.0       # the share of meta-tokens in it
+    meta_placement: Literal['random', 'periodic'] = 'random'  # where they stood
     # the optimizer
     optimizer: Literal['adamw', 'muon'] = 'adamw'  # muon: for the matrices of the blocks, adamw for the rest
     learning_rate: float = 2e-3  # at its peak
@@ -206,17 +210,22 @@ def width_for(lengths):
 
 def examples(task, length, split, seed, tok):
     """
-    Endlessly, examples of one split. A prompt is in 'test' if a hash of its tokens says so, in one of ten cases; so the two never share one.
-    Raises UserError where the prompts are so short that a split is empty.
+    Endlessly, examples of one split. A prompt is in 'test' if a hash of its tokens says so, in one of ten cases; so the two never share one. No
+    prompt comes twice in a test. Raises UserError where the length is less than the task's shortest prompt, or too short for so many prompts.
     """
-    rng, misses = np.random.default_rng(seed), 0
+    if length < TASKS[task][1]:
+        raise UserError(f'{task} has no prompts of {length} tokens: take a length of {TASKS[task][1]} or more')
+    rng, seen, misses = np.random.default_rng(seed), set(), 0
     while misses < 1000:
         prompt, answer = make_example(task, length, rng, tok)
+        key = np.array(prompt, '<u2').tobytes()
         misses += 1
-        if (zlib.crc32(np.array(prompt, '<u2').tobytes()) % 10 == 0) == (split == 'test'):
+        if (zlib.crc32(key) % 10 == 0) == (split == 'test') and key not in seen:
+            if split == 'test':
+                seen.add(key)
             misses = 0
             yield prompt, answer
-    raise UserError(f'{task} has too few different prompts of {length} tokens to keep some for testing: take a greater length')
+    raise UserError(f'{task} has too few different prompts of {length} tokens: take a greater length, or fewer examples (there were {len(seen)} to test on)')
 
 
 def collate(rows, width, pad):
@@ -258,8 +267,7 @@ def grade(model, rows, width, tok, machine, zero_meta=None):
     Asks the model [(prompt, answer)], padded to `width`. Returns three arrays (len(rows),): right, whether every token of the answer is the argmax,
     given what stands before it (so whether greedy decoding would produce it); hits, how many are; nats, the sum of their losses.
     """
-    results = []
-    size = max(1, 32768 // width)
+    results, training, size = [], model.training, max(1, 32768 // width)
     model.eval()
     for n in range(0, len(rows), size):
         idx, targets = machine.to_device(*collate(rows[n:n + size], width, tok.eot_token))
@@ -270,7 +278,7 @@ def grade(model, rows, width, tok, machine, zero_meta=None):
         hit = (logits.argmax(-1) == targets[row, column]).float()
         loss = F.cross_entropy(logits, targets[row, column], reduction='none')
         results.append(torch.zeros(3, len(idx), device=idx.device).index_add(1, row, torch.stack((torch.ones_like(hit), hit, loss))).cpu())
-    model.train()
+    model.train(training)
     n_tokens, hits, nats = torch.cat(results, dim=1).numpy()
     return hits == n_tokens, hits, nats
 
@@ -278,6 +286,7 @@ def grade(model, rows, width, tok, machine, zero_meta=None):
 def sample_answers(model, rows, tok):
     """Prompts, and what the model makes of them."""
     text = ''
+    model.eval()
     for prompt, answer in rows:
         ids = model.generate(torch.tensor([prompt], device=model.lm_head.weight.device), len(answer), top_k=1)[0, len(prompt):].tolist()
         shown, wanted = (tok.decode(x, errors='replace').strip() for x in (ids, answer))
@@ -291,20 +300,24 @@ def main():
         raise UserError(f'there is no {cfg.init_from} yet: make it with  python train.py  (3 minutes), or name a checkpoint with --init_from=, '
                         'or start from nothing with --init_from=scratch')
     if not cfg.out_dir:
-        origin = {'resume': 'tiny', 'scratch': 'scratch'}.get(cfg.init_from, Path(cfg.init_from).parent.name)
+        origin = {'resume': 'tiny', 'scratch': 'scratch'}.get(cfg.init_from, Path(cfg.init_from).resolve().parent.name)
         cfg.out_dir = f'out/{origin}-{cfg.task}'
-    cfg, checkpoint, out_dir = open_run(cfg, given, inherited=MODEL_KEYS)
+    cfg, checkpoint, out_dir = open_run(cfg, given, inherited=MODEL_KEYS + ('dataset', 'meta_rate', 'meta_placement'))
     machine = Machine(cfg)
     check_settings(cfg, machine)
     tok = tokenizer_of(checkpoint) if checkpoint else get_tokenizer(cfg.tokenizer)
+    if given.get('tokenizer', tok.name) != tok.name:
+        raise UserError(f'--tokenizer={cfg.tokenizer}: the checkpoint has {tok.name}, and that stays')
+    cfg.tokenizer = tok.name
     train = TrainExamples(cfg, tok)
     lengths = dict.fromkeys(train.tasks, cfg.train_length)
     width = width_for(lengths)
     if width > cfg.block_size:
-        raise UserError(f'--train_length={cfg.train_length} needs {width} positions with the answer, and the model has {cfg.block_size}: shorten it; or '
-                        f'stretch a RoPE model, --block_size={width} --yarn_scale={width / cfg.block_size:.3g}; or pre-train with a longer --block_size')
+        stretch = f'stretch it, --block_size={width} --yarn_scale={width / cfg.block_size:.3g}; ' if checkpoint and cfg.pos == 'rope' and cfg.yarn_scale == 1 else ''
+        raise UserError(f'--train_length={cfg.train_length} needs {width} positions with the answer, and the model has {cfg.block_size}: shorten it; {stretch}'
+                        'or take a model with a longer --block_size, by train.py or --init_from=scratch')
     held_out = [next(stream) for stream in [examples(task, cfg.train_length, 'test', [0, i], tok) for i, task in enumerate(train.tasks)]
-                for _ in range(-(-cfg.eval_examples // len(train.tasks)))]
+                for _ in range(-(-max(cfg.eval_examples, machine.world) // len(train.tasks)))]
 
     torch.manual_seed(cfg.seed)
     model = make_model(cfg, checkpoint, tok).to(machine.device)
@@ -324,7 +337,7 @@ run     {out_dir}: {cfg.max_iters:,} steps of {cfg.gradient_accumulation_steps *
         return dict(last)
 
     fit(cfg, machine, model, checkpoint if cfg.init_from == 'resume' else None, out_dir, train.batch, evaluate, 2, COLUMNS + ('exact_match',),
-        lambda it: (f'phase {train.phase(it)}/5  ' if cfg.curriculum else '') + f"exact match {last.get('exact_match', 0):.1%}  ")
+        lambda it: (f'phase {train.phase(it)}/5  ' if cfg.curriculum else '') + (f"exact match {last['exact_match']:.1%}  " if last else ''))
     if machine.rank == 0:
         plot_log(out_dir)
         text = sample_answers(model, held_out[::-(-len(held_out) // 4)], tok)

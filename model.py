@@ -341,7 +341,7 @@ class GPT(nn.Module):
         n_meta = (idx == self.config.meta_id).sum(dim=1)                            # (B,)
         w, M, (B, T) = self.lm_head.weight, int(n_meta.max()), idx.shape
         dtype = torch.get_autocast_dtype(w.device.type) if torch.is_autocast_enabled(w.device.type) else w.dtype
-        cache = tuple(KVCache(self.config, B, n, w.device, dtype) for n in (size, M + size - T))
+        cache = tuple(KVCache(self.config, B, n, w.device, dtype) for n in (size, M + size - T if self.config.meta_attn else 0))
         x = self.hidden(idx, n_meta=M, cache=cache)                                 # (B, T, C)
         for kept, n, most in (cache[0], lengths, T), (cache[1], n_meta, M):
             kept.finish(most if bool((n == most).all()) else n)
@@ -363,7 +363,7 @@ class GPT(nn.Module):
     def sample(self, logits, temperature, top_k, top_p, generator):
         """logits (B, vocab_size) -> (B,) ids, never the meta-token or one past it. temperature 0 takes the likeliest."""
         logits = logits[:, :self.config.meta_id].float()
-        if temperature == 0:
+        if temperature < 1e-3:  # 0, or as good as that: dividing by it would overflow
             return logits.argmax(dim=-1)
         logits = logits / temperature
         if top_k is not None:
@@ -379,6 +379,8 @@ class GPT(nn.Module):
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, meta_every=None, generator=None, lengths=None, stop_token=None):
         """`generate`, step by step: yields the new ids of a step, (B, 1), or (B, 2) where a meta-token follows."""
         c, (B, T) = self.config, idx.shape
+        if max_new_tokens < 1:
+            return
         size = T + max_new_tokens - 1 + ((max_new_tokens - 1) // meta_every if meta_every else 0)
         if c.pos == 'ape' and size > c.block_size:
             raise ValueError(f'prompt and new tokens need {size} positions, but learned positions (APE) end at block_size={c.block_size}')

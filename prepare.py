@@ -42,11 +42,11 @@ def run(main):
     """Call a script's `main`; turn a UserError, a file that cannot be read or written, or memory running out into one line on stderr and exit code 2."""
     try:
         main()
-    except (UserError, OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError):
-            if 'memory' not in str(error):
+    except (UserError, OSError, RuntimeError, MemoryError) as error:
+        if isinstance(error, (RuntimeError, MemoryError)):  # torch's own class is a RuntimeError on a GPU, a bare one on a CPU
+            if type(error).__name__ not in ('OutOfMemoryError', 'MemoryError') and "can't allocate memory" not in str(error):
                 raise
-            error = f"out of memory ({str(error).splitlines()[0]}): lower --batch_size, and raise --gradient_accumulation_steps as much to train the same"
+            error = f"out of memory ({str(error).partition(chr(10))[0]}): lower --batch_size, and in training raise --gradient_accumulation_steps as much"
         rank = os.environ.get('RANK', '0')  # under torchrun
         print(f"{Path(sys.argv[0]).name}{'' if rank == '0' else f' (rank {rank})'}: {error}", file=sys.stderr)
         raise SystemExit(2)

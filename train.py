@@ -160,7 +160,7 @@ COLUMNS = ('iter', 'train_loss', 'val_loss', 'val_bpb', 'lr', 'grad_norm', 'toke
 def load_checkpoint(path):
     """The dict that `save_checkpoint` wrote, on the CPU; nothing in it is executed. Raises UserError."""
     if not Path(path).is_file():
-        raise UserError(f'there is no checkpoint {path}; --init_from is scratch, resume or the path of a ckpt.pt')
+        raise UserError(f'there is no checkpoint {path}: name the ckpt.pt or best.pt of a run')
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
         missing = {'model', 'optimizer', 'scaler', 'model_args', 'config', 'iter_num', 'tokens', 'best_val_loss'} - set(checkpoint)
@@ -194,6 +194,8 @@ def check_settings(cfg, machine):
             raise UserError(f'--{f.name}={value} must be {"0" if f.name in ("seed", "warmup_iters", "lr_decay_iters") else "1"} or more')
         if f.name in ('dropout', 'beta1', 'beta2') and not 0 <= value < 1:
             raise UserError(f'--{f.name}={value} must be 0 or more, and less than 1')
+        if f.name in ('learning_rate', 'min_lr', 'weight_decay', 'grad_clip') and not value >= 0:
+            raise UserError(f'--{f.name}={value} must be 0 or more')
     if cfg.gradient_accumulation_steps % machine.world:
         raise UserError(f'--gradient_accumulation_steps={cfg.gradient_accumulation_steps} counts over all processes: {machine.world} of them need a '
                         f'multiple of {machine.world}')
@@ -215,8 +217,9 @@ def open_run(cfg, given, inherited):
         checkpoint = load_checkpoint(out_dir / 'ckpt.pt' if resume else cfg.init_from)
         if resume and checkpoint['config'].keys() != asdict(cfg).keys():
             raise UserError(f'{out_dir} holds a run of another script (or version): see its config.json')
-        if resume and given.get('optimizer', checkpoint['config']['optimizer']) != checkpoint['config']['optimizer']:
-            raise UserError(f"--optimizer={cfg.optimizer}: the run goes on with the {checkpoint['config']['optimizer']} that it has the state of")
+        for key in ('optimizer', 'seed', 'task', 'train_length') if resume else ():
+            if key in given and given[key] != checkpoint['config'][key]:
+                raise UserError(f"--{key}={given[key]}: the run in {out_dir} has {checkpoint['config'][key]}, and goes on with it")
         cfg = replace(cfg, **{key: value for key, value in checkpoint['config'].items() if resume or key in inherited} | given)
     if (out_dir / 'ckpt.pt').exists() and not (resume or cfg.overwrite or getattr(cfg, 'eval_only', False)):
         raise UserError(f'{out_dir} holds a run: go on with it (--init_from=resume --out_dir={out_dir}), write elsewhere (--out_dir=out/NAME), '
@@ -422,6 +425,7 @@ def fit(cfg, machine, model, checkpoint, out_dir, get_batch, evaluate, n_meta, c
         if stopping:
             machine.say(f'stopped after iter {it}' + (f', and saved; go on with --init_from=resume --out_dir={out_dir}' if saved and good else ', not saved'))
             raise SystemExit(128 + (stop or [signal.SIGTERM])[0])
+    ahead.shutdown(cancel_futures=True)
     for number, handler in before.items():
         signal.signal(number, handler)
     if not saved:
