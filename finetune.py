@@ -267,7 +267,8 @@ def grade(model, rows, width, tok, machine, zero_meta=None):
     Asks the model [(prompt, answer)], padded to `width`. Returns three arrays (len(rows),): right, whether every token of the answer is the argmax,
     given what stands before it (so whether greedy decoding would produce it); hits, how many are; nats, the sum of their losses.
     """
-    results, training, size = [], model.training, max(1, 32768 // width)
+    results, training = [], model.training
+    size = max(1, (4096 if machine.type == 'cpu' else 65536) // width)                   # more would leave a CPU's cache, fewer idle a GPU
     model.eval()
     for n in range(0, len(rows), size):
         idx, targets = machine.to_device(*collate(rows[n:n + size], width, tok.eot_token))
