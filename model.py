@@ -316,7 +316,7 @@ class GPT(nn.Module):
         if x.device.type == 'cpu' and not torch.compiler.is_compiling():
             x, targets = x[targets >= 0], targets[targets >= 0]  # the others need no logits; on a GPU, choosing them would make it wait
         if x.device.type == 'cpu' and hasattr(F, 'linear_cross_entropy') and self.loss_chunk and len(targets):
-            # not all B·T rows of logits: on a CPU 2 to 3 times as fast at 50304 ids, as a chunk of them stays near the cache
+            # not all B·T rows of logits at once: at 4096 rows of 50304 twice as fast on a CPU, at 1024 no faster, and less memory in any case
             return None, F.linear_cross_entropy(x, w, targets, ignore_index=-1, options=nn.LinearCrossEntropyOptions(batch_chunk_size=self.loss_chunk))
         return None, F.cross_entropy(F.linear(x, w), targets, ignore_index=-1)
 
