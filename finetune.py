@@ -28,8 +28,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from prepare import META, UserError, get_tokenizer, meta_token, parse_config, run
-from train import COLUMNS, MODEL_KEYS, Machine, check_settings, fit, make_model, open_run, plot_log, tokenizer_of
+from prepare import META, UserError, get_tokenizer, meta_token, parse_config
+from train import COLUMNS, MODEL_KEYS, Machine, check_settings, fit, launch, make_model, open_run, plot_log, tokenizer_of
 
 
 @dataclass
@@ -353,4 +353,4 @@ next    look at {out_dir}/loss.png
 
 
 if __name__ == '__main__':
-    run(main)
+    launch(main)

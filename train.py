@@ -10,7 +10,7 @@ Pre-train GPT-2 with meta-tokens and meta-attention.
 Writes out_dir/: config.json log.csv loss.png sample.txt ckpt.pt (the latest) best.pt (the lowest validation loss).
 Everything random is a function of (seed, iteration): data order, meta positions, dropout. So a resumed run is the run, bit for bit.
 """
-import atexit, csv, json, math, os, signal, time
+import csv, json, math, os, signal, time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
@@ -111,7 +111,6 @@ class Machine:
             torch.set_float32_matmul_precision('high')
         if 'RANK' in os.environ:
             dist.init_process_group('nccl' if self.type == 'cuda' else 'gloo', device_id=self.device if self.type == 'cuda' else None)
-            atexit.register(dist.destroy_process_group)
         fast = 'float32' if self.type != 'cuda' else 'bfloat16' if torch.cuda.get_device_capability() >= (8, 0) else 'float16'
         self.dtype = fast if cfg.dtype == 'auto' else cfg.dtype
         self.autocast = nullcontext() if self.dtype == 'float32' else torch.autocast(self.type, getattr(torch, self.dtype))
@@ -562,5 +561,14 @@ next    look at {out_dir}/loss.png
     machine.barrier()
 
 
+def launch(main):
+    """prepare.run for a script that may be one of many processes."""
+    try:
+        run(main)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()  # not left to the interpreter's end, when its threads may still be running
+
+
 if __name__ == '__main__':
-    run(main)
+    launch(main)

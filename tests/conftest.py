@@ -53,7 +53,7 @@ def inside(tmp_path, monkeypatch, capsys):
 def refused(inside):
     """refused('train.py', ...) is for what must fail: exit code 2 and one line on stderr, which it returns."""
     def call(*args):
-        lines = [line for line in inside(*args, code=2).err.splitlines() if line.strip() and '|' not in line]  # less the progress bar
+        lines = [line for line in inside(*args, code=2).err.splitlines() if line.strip() and '[00:' not in line]  # less a progress bar
         assert len(lines) == 1, lines
         return lines[0]
     return call
