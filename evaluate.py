@@ -637,7 +637,7 @@ def rate_distortion(argv):
         ax.errorbar(*mean[c], xerr=np.abs(spread[:, c, 0] - mean[c, 0]), yerr=np.abs(spread[:, c, 1] - mean[c, 1]), capsize=2, label=names[c], **style)
     ax.set(xlabel='rate (nats kept of the hidden state)', ylabel='distortion (nats of uncertainty about the target)', title=m['name'])
     ax.grid(alpha=0.3)
-    ax.legend()
+    figure.legend(loc='outside upper center', ncols=3, fontsize=9)
     write_results(cfg.ckpt, 'rate_distortion', figure, dict(settings=asdict(cfg), beta=betas, verdicts=verdicts, curves={
         name: {what: dict(mean=mean[c, w].tolist(), low=spread[0, c, w].tolist(), high=spread[1, c, w].tolist()) for w, what in enumerate(('rate', 'distortion'))}
         for c, name in enumerate(names)}))
