@@ -416,7 +416,7 @@ def inject_meta_tokens(text, meta_rate, meta_id, rng, block_size=None, placement
         is_meta[:, (np.arange(M) + 1) * T // max(M, 1) - 1] = True
     tokens = np.full((B, T + 1), meta_id, dtype=np.int64)
     tokens[~is_meta] = text.ravel()  # row by row, left to right: the text keeps its order
-    return tokens[:, :-1], np.where(is_meta, -1, tokens)[:, 1:]
+    return tokens[:, :-1].copy(), np.where(is_meta[:, 1:], -1, tokens[:, 1:])  # contiguous, as a model that flattens with .view needs
 
 
 class Blocks:

@@ -372,10 +372,33 @@ def test_models_without_meta_tokens_are_told_so(inside, refused, trained):
 
 # ------------------------------------------------------------------------------
 
-def test_speed(cli):
-    out = cli('evaluate.py', 'speed', '--n_layer=2', '--n_embd=32', '--n_head=2', '--block_size=64', '--vocab_size=320', '--runs=2', '--device=cpu').stdout
+NANOGPT = '''
+from dataclasses import dataclass
+import torch.nn as nn, torch.nn.functional as F
+
+@dataclass
+class GPTConfig:
+    block_size: int; vocab_size: int; n_layer: int; n_head: int; n_embd: int; dropout: float; bias: bool
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        print('number of parameters: few')
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+
+    def forward(self, idx, targets=None):
+        logits = self.wte(idx) @ self.wte.weight.T
+        return logits, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1)
+'''
+
+
+def test_speed(cli, tmp_path):
+    (tmp_path / 'nano').mkdir()
+    (tmp_path / 'nano/model.py').write_text(NANOGPT)  # no GPT, but it is called and flattens its targets as nanoGPT does
+    out = cli('evaluate.py', 'speed', '--n_layer=2', '--n_embd=32', '--n_head=2', '--block_size=64', '--vocab_size=320', '--batch_size=2', '--runs=2', '--device=cpu',
+              '--nanogpt=nano').stdout
     table = {line.split('|')[1].strip(): line.split('|')[2:] for line in out.splitlines() if line.startswith('|')}
-    for name in 'plain', 'gather', 'dense', 'all logits':
+    for name in 'plain', 'gather', 'dense', 'all logits', 'nanoGPT':
         step, _, per_second, ratio, peak, _ = table[name]
         assert float(step.split()[0]) > 0 and int(per_second.replace(',', '')) > 0 and float(ratio) > 0 and 0.05 < float(peak.split()[0]) < 4
     assert float(table['plain'][3]) == 1.0 and '6 of 64 meta-tokens' in out and 'meta-attention costs' in out and 'matrix product reaches' in out
