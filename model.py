@@ -16,6 +16,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
@@ -100,7 +101,8 @@ class Attention(nn.Module):
         """x (B, n, C) -> queries, keys, values, each (B, H, n, D), positions applied."""
         B, n, C = x.shape
         q, k, v = self.c_attn(x).view(B, n, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
-        return (apply_rope(q, rope), apply_rope(k, rope), v) if rope else (q, k, v)
+        # v is copied: kept for backward as a view, it would keep the q and k beside it too, of which rotated copies are kept already
+        return (apply_rope(q, rope), apply_rope(k, rope), v.contiguous()) if rope else (q, k, v)
 
     def project(self, y):
         """y (B, H, n, D) -> (B, n, C)"""
@@ -171,8 +173,17 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = config.dropout
 
+    def project(self, h):
+        return self.c_proj(F.gelu(h))
+
     def forward(self, x):
-        return F.dropout(self.c_proj(F.gelu(self.c_fc(x))), self.dropout, self.training)
+        h = self.c_fc(x)                                                             # (B, T, 4·C)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # Backward makes GELU's output again, and stops before the product, instead of keeping it: less memory, no slower. torch.compile does so itself.
+            y = checkpoint(self.project, h, use_reentrant=False, preserve_rng_state=False)
+        else:
+            y = self.project(h)
+        return F.dropout(y, self.dropout, self.training)
 
 
 class Block(nn.Module):

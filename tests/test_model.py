@@ -112,7 +112,7 @@ def test_parameter_counts():
 def test_plain_model_is_gpt2():
     """GPT-2's formula written out, on the weights of GPTConfig(meta_attn=False, pos='ape') under nanoGPT's names."""
     model = tiny(meta_attn=False, pos='ape', bias=True)
-    w, idx, H = model.state_dict(), tokens(3, 20, [(4,), (), (1, 2)]), 2
+    w, idx, H = model.state_dict(keep_vars=True), tokens(3, 20, [(4,), (), (1, 2)]), 2
     assert set(w) == {'lm_head.weight', 'transformer.wte.weight', 'transformer.wpe.weight', 'transformer.ln_f.weight', 'transformer.ln_f.bias'} | {
         f'transformer.h.{i}.{name}.{kind}' for i in range(2) for kind in ('weight', 'bias')
         for name in ('ln_1', 'attn.c_attn', 'attn.c_proj', 'ln_2', 'mlp.c_fc', 'mlp.c_proj')}
@@ -133,6 +133,9 @@ def test_plain_model_is_gpt2():
     logits = norm(x, 'transformer.ln_f') @ w['lm_head.weight'].T
     torch.testing.assert_close(model.lm_head(model.hidden(idx)), logits, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(model(idx)[0], logits[:, [-1]], rtol=1e-9, atol=1e-9)
+    gradients = (torch.autograd.grad(loss, tuple(model.parameters())) for loss in (model(idx, idx)[1], -logits.log_softmax(-1).gather(2, idx[..., None]).mean()))
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
 def test_loss_is_the_mean_over_targets():
@@ -357,3 +360,19 @@ def test_no_recompilation_after_the_first_batch():
             graphs = counters['stats']['unique_graphs']
     assert counters['stats']['unique_graphs'] == graphs > 0
     torch.testing.assert_close(loss, model(idx, idx.masked_fill(idx == META, -1))[1])
+
+
+def test_what_backward_keeps():
+    """Rows of C numbers that a block keeps for each position: not GELU's output (4 more), nor the unrotated q and k beside v (2 more)."""
+    model, kept = tiny(meta_attn=False, n_layer=1, n_embd=64).train(), {}
+
+    def pack(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage()
+        return t
+    x = torch.randn(4, 32, 64, dtype=torch.float64, requires_grad=True)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        model.transformer.h[0](x, model.rope_at(torch.arange(32)), None)
+    rows = sum(s.nbytes() for at, s in kept.items() if at not in weights) / x.nbytes
+    # ln_1: in, out; q, k, v; attention's output, in its order and in c_proj's; ln_2: in, out; GELU's input (4); and a little: norms' means, sums of softmax
+    assert rows < 13.5
