@@ -21,6 +21,7 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # now: torch loads it later, when its default arguments would hold on to the process group beyond its end
 from torch.nn.parallel import DistributedDataParallel
 
 from model import GPT, GPTConfig
@@ -327,7 +328,7 @@ def fit(cfg, machine, model, checkpoint, out_dir, get_batch, evaluate, n_meta, c
 
     compiled = ddp = machine.compiled(model, cfg)
     if machine.world > 1:
-        ddp = DistributedDataParallel(compiled, device_ids=[machine.device] if machine.type == 'cuda' else None, broadcast_buffers=False)
+        ddp = DistributedDataParallel(compiled, device_ids=[machine.device] if machine.type == 'cuda' else None)
     per_step = cfg.gradient_accumulation_steps
     per_rank = per_step // machine.world  # micro-batches; rank r takes the r-th share of each step's
 
