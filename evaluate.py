@@ -63,7 +63,7 @@ def load_models(paths, yarn_scale, machine):
 def write_results(ckpt, name, figure, results):
     """The numbers and the picture of them, into eval/ beside the first checkpoint of a list; says where."""
     folder = Path(ckpt.split(',')[0]).parent / 'eval'
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / f'{name}.png.tmp', format='png', dpi=120)
     (folder / f'{name}.json.tmp').write_text(json.dumps(results, indent=1) + '\n')
     for kind in 'png', 'json':
@@ -760,6 +760,7 @@ def sample(argv):
 @dataclass
 class SpeedConfig:
     mode: Literal['train', 'generate'] = 'train'  # time training steps, or generation
+    models: str = 'plain,gather,dense,all_logits'  # for train: which, the others against the first; all_logits is gather with the loss unchunked
     runs: int = 7                # timed runs of each model, taken in turn; the median counts
     prompts: str = '16,128,512,960'  # for generate: lengths of the prompt
     new_tokens: int = 28         # for generate: text tokens after it
@@ -778,7 +779,7 @@ class SpeedConfig:
 
 
 def timed_model(name, cfg, machine):
-    """A new model: plain, gather (meta-attention), dense (its reference), all logits (gather with the loss unchunked), or nanoGPT's own."""
+    """A new model: plain, gather (meta-attention), dense (its reference), all_logits (gather with the loss unchunked), or nanoGPT's own."""
     torch.manual_seed(0)
     shape = dict(block_size=cfg.block_size, vocab_size=cfg.vocab_size, n_layer=cfg.n_layer, n_head=cfg.n_head, n_embd=cfg.n_embd, dropout=0.0, bias=False)
     if name == 'nanoGPT':
@@ -791,12 +792,12 @@ def timed_model(name, cfg, machine):
         model = GPT(GPTConfig(**shape, pos=cfg.pos, meta_attn=name != 'plain', meta_id=cfg.vocab_size - 1))
         for block in model.transformer.h:
             block.dense = name == 'dense'
-        model.loss_chunk = 0 if name == 'all logits' else GPT.loss_chunk
+        model.loss_chunk = 0 if name == 'all_logits' else GPT.loss_chunk
     return model.to(machine.device)
 
 
 def make_step(name, cfg, machine):
-    """A function that does one training step (forward, backward, AdamW) of the model `name` on random text."""
+    """(a function that does one training step of the model `name` on random text: forward, backward, AdamW; bytes of its weights)"""
     model, meta_id, rate = timed_model(name, cfg, machine), cfg.vocab_size - 1, 0.0 if name in ('plain', 'nanoGPT') else cfg.meta_rate
     kwargs = {} if name == 'nanoGPT' else dict(n_meta=meta_count(cfg.block_size, rate))
     optimizer, = make_optimizers(model, TrainConfig(), machine)
@@ -812,17 +813,18 @@ def make_step(name, cfg, machine):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         loss.item()  # a GPU is done only then
-    return step
+    return step, sum(p.nbytes for p in model.parameters())
 
 
 def peak_memory(name, cfg):
-    """Bytes that two steps of the model take at their peak: of the GPU, or (in a process of its own) of main memory."""
+    """(bytes that two steps take at their peak, of the GPU or, in a process of its own, of main memory; those beyond Python, weights, gradients and AdamW)"""
+    def peak():
+        return torch.cuda.max_memory_allocated() if machine.type == 'cuda' else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
     machine = Machine(cfg)
-    step = make_step(name, cfg, machine)
-    if machine.type == 'cuda':
-        torch.cuda.reset_peak_memory_stats()
+    before = peak()
+    step, weights = make_step(name, cfg, machine)
     step(), step()
-    return torch.cuda.max_memory_allocated() if machine.type == 'cuda' else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+    return peak(), peak() - before - 4 * weights
 
 
 def speed_of_generation(cfg, machine):
@@ -878,6 +880,14 @@ def speed_of_generation(cfg, machine):
     bound = statistics.median(reads) / weights
     print(f'\na token reads {weights / 1e6:.0f} MB of weights, and this machine reads {statistics.median(reads) / 1e9:.1f} GB/s: at most {bound:.1f} tokens/s. '
           + ', '.join(f"{1 / median[length, 'plain'][1] / bound:.0%} of that after {length}" for length in lengths))
+    figure, ax = pyplot().subplots(figsize=(7, 4), layout='constrained')
+    for name in names:
+        ax.plot(lengths, [1000 * median[length, name][1] for length in lengths], marker='o', ms=4, label=name)
+    ax.axhline(1000 / bound, color='0.6', ls=':', label='reading the weights once')
+    ax.set(xlabel='prompt (tokens)', ylabel='ms per text token', yscale='log', title=f'{machine.name}, {cfg.n_layer} layers, {cfg.n_embd} wide')
+    ax.grid(alpha=0.3, which='both')
+    ax.legend()
+    write_results('out/speed', 'speed', figure, [dict(prompt=length, model=name, times=times[length, name]) for length, name in times])
 
 
 def speed(argv):
@@ -888,20 +898,23 @@ def speed(argv):
         GPTConfig(n_head=cfg.n_head, n_embd=cfg.n_embd, pos=cfg.pos)
     except ValueError as error:
         raise UserError(str(error))
+    if wrong := set(cfg.models.split(',')) - {'plain', 'gather', 'dense', 'all_logits'}:
+        raise UserError(f"--models={cfg.models}: {', '.join(sorted(wrong)) or 'nothing'} is none of plain, gather, dense, all_logits")
     if cfg.runs < 1 or cfg.vocab_size < 2:
         raise UserError(f'--runs={cfg.runs} must be 1 or more, --vocab_size={cfg.vocab_size} 2 or more')
     machine = Machine(cfg)
     if cfg.mode == 'generate':
         return speed_of_generation(cfg, machine)
     cfg.batch_size = cfg.batch_size or (12 if machine.type == 'cuda' else 1)
-    names = ['plain', 'gather', 'dense'] + ['all logits'] * (machine.type == 'cpu') + ['nanoGPT'] * bool(cfg.nanogpt)
+    names = cfg.models.split(',') + ['nanoGPT'] * bool(cfg.nanogpt)
+    n_meta = meta_count(cfg.block_size, cfg.meta_rate)
     print(f'{machine.name}, {machine.dtype}: {cfg.n_layer} layers, {cfg.n_embd} wide, {cfg.batch_size} x {cfg.block_size} tokens a step, '
-          f'{meta_count(cfg.block_size, cfg.meta_rate)} of {cfg.block_size} meta-tokens', flush=True)
+          f'{n_meta} of {cfg.block_size} meta-tokens', flush=True)
     peak = {}
     for name in names:  # in a process of its own, as a peak is a process's, and before this one has grown: a child inherits it
         with multiprocessing.get_context('spawn').Pool(1) as pool:
             peak[name] = pool.apply(peak_memory, (name, cfg))
-    steps = {name: make_step(name, cfg, machine) for name in names}
+    steps = {name: make_step(name, cfg, machine)[0] for name in names}
     times, products, square = {name: [] for name in names}, [], torch.randn(4096, 4096, device=machine.device)
     for n in range(cfg.runs + 1):  # the first round warms up
         for name in names:
@@ -915,14 +928,13 @@ def speed(argv):
         products.append(2 * 4096 ** 3 / (time.perf_counter() - start))
         print(f'\rround {n} of {cfg.runs}', end='', file=sys.stderr, flush=True)
     median = {name: statistics.median(t) for name, t in times.items()}
-    print('\n| model | step, median | spread | tokens/s | times plain | peak memory |\n|---|---|---|---|---|---|')
-    for name in names:
-        print(f'| {name} | {median[name]:.3f} s | {min(times[name]):.3f} - {max(times[name]):.3f} | {cfg.batch_size * cfg.block_size / median[name]:,.0f} '
-              f"| {median[name] / median['plain']:.3f} | {peak[name] / 2 ** 30:.2f} GiB |")
-    print(f"\nmeta-attention costs {median['gather'] / median['plain'] - 1:+.1%} a step; its dense form takes {median['dense'] / median['gather']:.2f} times as long")
-    flops = timed_model('gather', cfg, machine).flops_per_token(cfg.block_size, meta_count(cfg.block_size, cfg.meta_rate)) * cfg.batch_size * cfg.block_size
-    rate, peak_rate = flops / median['gather'], statistics.median(products)
-    print(f'a step of gather is {flops / 1e9:,.0f} GFLOP, so {rate / 1e9:,.0f} GFLOP/s: {rate / peak_rate:.0%} of the {peak_rate / 1e9:,.0f} that a 4096 x 4096 matrix product reaches here')
+    print('\n' + markdown(['model', 'step, median', 'spread', 'tokens/s', f'times {names[0]}', 'peak memory', 'beyond the model and AdamW'], [
+        [name, f'{median[name]:.3f} s', f'{min(times[name]):.3f} - {max(times[name]):.3f}', f'{cfg.batch_size * cfg.block_size / median[name]:,.0f}',
+         f'{median[name] / median[names[0]]:.3f}', *(f'{size / 2 ** 30:.2f} GiB' for size in peak[name])] for name in names]))
+    if 'gather' in names:
+        flops = timed_model('gather', cfg, machine).flops_per_token(cfg.block_size, n_meta) * cfg.batch_size * cfg.block_size
+        rate, peak_rate = flops / median['gather'], statistics.median(products)
+        print(f'\na step of gather is {flops / 1e9:,.0f} GFLOP, so {rate / 1e9:,.0f} GFLOP/s: {rate / peak_rate:.0%} of the {peak_rate / 1e9:,.0f} that a 4096 x 4096 matrix product reaches here')
 
 
 COMMANDS = {'tasks': tasks, 'perplexity': perplexity, 'sharpening': sharpening, 'caching': caching, 'rate_distortion': rate_distortion,
