@@ -935,6 +935,10 @@ def speed(argv):
         flops = timed_model('gather', cfg, machine).flops_per_token(cfg.block_size, n_meta) * cfg.batch_size * cfg.block_size
         rate, peak_rate = flops / median['gather'], statistics.median(products)
         print(f'\na step of gather is {flops / 1e9:,.0f} GFLOP, so {rate / 1e9:,.0f} GFLOP/s: {rate / peak_rate:.0%} of the {peak_rate / 1e9:,.0f} that a 4096 x 4096 matrix product reaches here')
+        with torch.profiler.profile() as profile:
+            steps['gather']()
+        cost = {op.key: op.self_device_time_total if machine.type == 'cuda' else op.self_cpu_time_total for op in profile.key_averages()}
+        print('where its time goes: ' + ', '.join(f'{op} {cost[op] / sum(cost.values()):.0%}' for op in sorted(cost, key=cost.get, reverse=True)[:8]))
 
 
 COMMANDS = {'tasks': tasks, 'perplexity': perplexity, 'sharpening': sharpening, 'caching': caching, 'rate_distortion': rate_distortion,

@@ -178,11 +178,9 @@ class MLP(nn.Module):
 
     def forward(self, x):
         h = self.c_fc(x)                                                             # (B, T, 4·C)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            # Backward makes GELU's output again, and stops before the product, instead of keeping it: less memory, no slower. torch.compile does so itself.
-            y = checkpoint(self.project, h, use_reentrant=False, preserve_rng_state=False)
-        else:
-            y = self.project(h)
+        # In training, backward makes GELU's output again instead of keeping it, and stops before the product. torch.compile does so itself.
+        again = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        y = checkpoint(self.project, h, use_reentrant=False, preserve_rng_state=False) if again else self.project(h)
         return F.dropout(y, self.dropout, self.training)
 
 

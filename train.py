@@ -379,6 +379,7 @@ def fit(cfg, machine, model, checkpoint, out_dir, get_batch, evaluate, n_meta, c
             loss_sum += loss.detach()
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
+        # the step's one wait for a GPU, after all of its micro-batches: whether the step counts is decided before the weights change
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or float('inf')).item()
         train_loss, stopping = machine.sum(loss_sum.item() / machine.world, len(stop))  # so that all ranks decide alike
         finite = math.isfinite(train_loss) and math.isfinite(grad_norm)

@@ -401,7 +401,7 @@ def test_speed(cli, tmp_path):
     for name in 'plain', 'gather', 'dense', 'all_logits', 'nanoGPT':
         step, _, per_second, ratio, peak, _, _ = table[name]
         assert float(step.split()[0]) > 0 and int(per_second.replace(',', '')) > 0 and float(ratio) > 0 and 0.05 < float(peak.split()[0]) < 4
-    assert float(table['plain'][3]) == 1.0 and '6 of 64 meta-tokens' in out and 'matrix product reaches' in out
+    assert float(table['plain'][3]) == 1.0 and '6 of 64 meta-tokens' in out and 'matrix product reaches' in out and 'where its time goes: aten::' in out
 
 
 def test_speed_of_generation(inside, tmp_path):
