@@ -88,13 +88,27 @@ def apply_rope(x, rope):
 # ------------------------------------------------------------------------------
 # Attention, and the same attention among meta-tokens only
 
+class Linear(nn.Linear):
+    """
+    nn.Linear, and in generation on a CPU a faster one: a few rows against a whole matrix take as long as reading the matrix does, and the usual
+    kernel, made for many rows, reads it at half of the memory's speed or less. Here each thread multiplies a share of the matrix's own rows.
+    """
+    def forward(self, x):
+        n, few = torch.get_num_threads(), x.shape[:-1].numel() <= 8
+        if not few or self.out_features % n or x.device.type != 'cpu' or torch.is_grad_enabled() or torch.is_autocast_enabled('cpu'):
+            return super().forward(x)
+        y = torch.bmm(self.weight.unflatten(0, (n, -1)), x.flatten(0, -2).T.expand(n, -1, -1))  # (n, out_features / n, rows)
+        y = y.flatten(0, 1).T.contiguous().view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
+
+
 class Attention(nn.Module):
     """Multi-head causal self-attention over the rows it is given. Each block has one for all tokens and one for the meta-tokens."""
 
     def __init__(self, config):
         super().__init__()
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.n_head, self.dropout = config.n_head, config.dropout
 
     def qkv(self, x, rope):
@@ -169,8 +183,8 @@ def dense_meta_attention(attn, ln, x, meta, rope):
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = config.dropout
 
     def project(self, h):
@@ -253,7 +267,7 @@ class GPT(nn.Module):
             self.transformer.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.transformer.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.transformer.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight
         inv_freq, self.mscale = rope_frequencies(config) if config.pos == 'rope' else (None, 1.0)
         self.register_buffer('inv_freq', inv_freq, persistent=False)  # it follows from the config

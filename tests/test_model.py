@@ -6,7 +6,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import GPT, Block, GPTConfig, rope_frequencies
+from model import GPT, Block, GPTConfig, Linear, rope_frequencies
 
 META = 257
 
@@ -282,6 +282,22 @@ def test_cached_logits_are_the_full_forwards(kwargs, lengths, meta_at):
         step = new[:, n:n + 1] if n % 4 else torch.nn.functional.pad(new[:, n:n + 1], (0, 1), value=META)
         logits = model.decode_one_token(step, cache)
         rows = [torch.cat(pair) for pair in zip(rows, step)]
+
+
+@pytest.mark.parametrize('bias', [False, True])
+@pytest.mark.parametrize('shape', [(1, 1, 16), (3, 2, 16), (2, 16), (9, 1, 16)])
+def test_few_rows_are_multiplied_as_many_are(shape, bias):
+    torch.manual_seed(0)
+    linear, x = Linear(16, 24, bias=bias).double(), torch.randn(shape, dtype=torch.float64)
+    try:
+        for threads in 1, 2, 5:  # 5 divides no 24 rows
+            torch.set_num_threads(threads)
+            with torch.no_grad():
+                y = linear(x)
+            torch.testing.assert_close(y, torch.nn.functional.linear(x, linear.weight, linear.bias), rtol=1e-12, atol=1e-12)
+            assert y.is_contiguous()  # else attention takes its slow kernel
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_generation_of_ragged_prompts_is_that_of_each_alone():
