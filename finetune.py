@@ -28,8 +28,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from prepare import META, UserError, get_tokenizer, meta_token, parse_config
-from train import COLUMNS, MODEL_KEYS, Machine, check_settings, fit, launch, make_model, open_run, plot_log, tokenizer_of
+from prepare import META, Positive, Share, UserError, get_tokenizer, meta_token, parse_config
+from train import COLUMNS, MODEL_KEYS, Machine, fit, launch, make_model, open_run, plot_log, tokenizer_of
 
 
 @dataclass
@@ -37,37 +37,37 @@ class FinetuneConfig:
     preset: str = 'tiny'         # a named set of defaults, which the other settings override
     # what is learned
     task: Literal['list_recall', 'segment_counting', 'parity', 'copying', 'all'] = 'list_recall'  # all: every batch holds all four
-    train_length: int = 64       # the longest prompts, in tokens
+    train_length: Positive = 64  # the longest prompts, in tokens
     curriculum: bool = True      # five phases of growing prompts; False: prompts of train_length from the first step on
-    phase_iters: int = 150       # steps of each of the first four phases; the fifth lasts until the end
-    n_examples: int = 90_000     # different training examples of each length (paper: 90k); a longer run sees them again
+    phase_iters: Positive = 150  # steps of each of the first four phases; the fifth lasts until the end
+    n_examples: Positive = 90_000  # different training examples of each length (paper: 90k); a longer run sees them again
     # where from, where to
     init_from: str = 'out/tiny/best.pt'  # a checkpoint's path | resume (the run in out_dir) | scratch
     out_dir: str = ''            # the run's folder; empty: the checkpoint's folder with the task behind it, out/tiny-list_recall say
     overwrite: bool = False      # allow a fresh run in a folder that holds one
     seed: int = 1337             # decides the examples, and with --init_from=scratch the weights
     # how long
-    max_iters: int = 1000        # optimizer steps
-    eval_interval: int = 100     # grade and save every so many steps
-    eval_examples: int = 200     # held-out prompts of train_length to grade on, always the same
-    log_interval: int = 25       # a progress line every so many steps
+    max_iters: Positive = 1000   # optimizer steps
+    eval_interval: Positive = 100  # grade and save every so many steps
+    eval_examples: Positive = 200  # held-out prompts of train_length to grade on, always the same
+    log_interval: Positive = 25  # a progress line every so many steps
     # what a step sees
-    batch_size: int = 64         # examples of a micro-batch, on one device
-    gradient_accumulation_steps: int = 1  # micro-batches in a step, over all devices
+    batch_size: Positive = 64    # examples of a micro-batch, on one device
+    gradient_accumulation_steps: Positive = 1  # micro-batches in a step, over all devices
     # the model, for --init_from=scratch; a checkpoint brings its own
     tokenizer: Literal['bytes', 'gpt2'] = 'bytes'  # bytes: items are letters; gpt2: words
-    block_size: int = 256        # T
-    n_layer: int = 3             # blocks
-    n_head: int = 4              # heads in each attention
-    n_embd: int = 128            # channels
+    block_size: Positive = 256   # T
+    n_layer: Positive = 3        # blocks
+    n_head: Positive = 4         # heads in each attention
+    n_embd: Positive = 128       # channels
     bias: bool = False           # in linear layers and layer norms
     pos: Literal['rope', 'ape', 'none'] = 'rope'  # positions: rotary, learned (GPT-2's), or none
     meta_attn: bool = True       # the second attention, among meta-tokens
     yarn_scale: float = 1.0      # with a RoPE checkpoint: stretch its context so many times
-    dropout: float = 0.0         # in training only
+    dropout: Share = 0.0         # in training only
     # of the pre-training, which evaluate.py asks for; a checkpoint brings its own
     dataset: str = 'stdlib'      # data/DATASET
-    meta_rate: float = 0.0       # the share of meta-tokens in it
+    meta_rate: Share = 0.0       # the share of meta-tokens in it
     meta_placement: Literal['random', 'periodic'] = 'random'  # where they stood
     # the optimizer
     optimizer: Literal['adamw', 'muon'] = 'adamw'  # muon: for the matrices of the blocks, adamw for the rest
@@ -77,8 +77,8 @@ class FinetuneConfig:
     warmup_iters: int = 50       # steps of linear rise to the peak
     lr_decay_iters: int = 0      # steps until the end of the cosine; 0: max_iters
     weight_decay: float = 0.1    # on matrices only
-    beta1: float = 0.9           # AdamW's
-    beta2: float = 0.95          # AdamW's
+    beta1: Share = 0.9           # AdamW's
+    beta2: Share = 0.95          # AdamW's
     grad_clip: float = 1.0       # clip the gradient's norm there; 0: never
     # the machine
     device: str = 'auto'         # auto | cpu | cuda | cuda:1 | mps
@@ -305,7 +305,6 @@ def main():
         cfg.out_dir = f'out/{origin}-{cfg.task}'
     cfg, checkpoint, out_dir = open_run(cfg, given, inherited=MODEL_KEYS + ('dataset', 'meta_rate', 'meta_placement'))
     machine = Machine(cfg)
-    check_settings(cfg, machine)
     tok = tokenizer_of(checkpoint) if checkpoint else get_tokenizer(cfg.tokenizer)
     if given.get('tokenizer', tok.name) != tok.name:
         raise UserError(f'--tokenizer={cfg.tokenizer}: the checkpoint has {tok.name}, and that stays')

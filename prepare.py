@@ -10,7 +10,7 @@ Writes data/NAME/train.bin and val.bin (nanoGPT's format: uint16 token ids, docu
 which says what is in them. The files hold plain text only: meta-tokens are dropped in when a training block is built
 (`inject_meta_tokens`, at the end of this file), so one data folder serves every meta_rate, 0 included.
 """
-import argparse, difflib, glob, gzip, hashlib, inspect, io, json, os, re, shutil, sys, sysconfig, typing, zlib
+import argparse, difflib, glob, gzip, hashlib, inspect, io, json, math, os, re, shutil, sys, sysconfig, typing, zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
@@ -61,12 +61,16 @@ def true_or_false(text):
     return text == 'True'
 
 
+Positive, Share = typing.NewType('Positive', int), typing.NewType('Share', float)
+RANGES = {int: (0, math.inf), Positive: (1, math.inf), float: (0, math.inf), Share: (0, 1)}  # of a setting of this type: from, up to but not
+
+
 def parse_config(cls, presets={}, argv=None, doc=''):
     """
     Reads --key=value or --key value into the dataclass `cls`, whose comments are the help texts of -h.
 
     Returns (config, given): `given` holds what the command line set, a preset's values included.
-    Raises UserError for an unknown key (naming the nearest), a value of the wrong type, a missing value.
+    Raises UserError for an unknown key (naming the nearest), a value of the wrong type or out of its range, a missing value.
     """
     comments = dict(re.findall(r'^    (\w+)\s*:.*?#\s*(.*)$', inspect.getsource(cls), re.M))
 
@@ -78,7 +82,7 @@ def parse_config(cls, presets={}, argv=None, doc=''):
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in fields(cls):
         choices = typing.get_args(f.type) or (tuple(presets) if f.name == 'preset' else None)
-        kind = str if choices else f.type
+        kind = str if choices else getattr(f.type, '__supertype__', f.type)
         parser.add_argument(f'--{f.name}', type=true_or_false if kind is bool else kind, choices=choices, default=argparse.SUPPRESS,
                             metavar='|'.join(choices) if choices else 'True|False' if kind is bool else kind.__name__,
                             help=f'{comments[f.name]} (default: {f.default if f.default != "" else "empty"})'.replace('%', '%%'))
@@ -87,6 +91,11 @@ def parse_config(cls, presets={}, argv=None, doc=''):
         near = difflib.get_close_matches(word.lstrip('-').partition('=')[0], [f.name for f in fields(cls)], n=1)
         raise UserError(f'unknown setting {word!r}' + (f', did you mean --{near[0]}?' if near else f' ({parser.prog} -h lists every setting)'))
     given = {**presets.get(getattr(namespace, 'preset', None), {}), **vars(namespace)}
+    for f in fields(cls):
+        if f.name in given and f.type in RANGES:
+            value, low, end = given[f.name], min(RANGES[f.type][0], f.default), RANGES[f.type][1]  # a default below the range means something
+            if not low <= value < end:
+                raise UserError(f'--{f.name}={value} must be {low} or more' + (f', and less than {end}' if value >= end else ''))
     return replace(cls(), **given), given
 
 # ------------------------------------------------------------------------------
@@ -390,6 +399,11 @@ def load_data(name):
 def meta_count(block_size, meta_rate):
     """M, the number of meta-tokens in a block of `block_size` positions (paper section 3: k·n of them, k = 0.1)."""
     return round(meta_rate * block_size)
+
+
+def meta_every(meta_rate):
+    """k, if new text is to have a meta-token after every k of its tokens, as often as in training: one in 1/meta_rate positions. 0 for none."""
+    return max(round(1 / meta_rate) - 1, 1) if meta_rate else 0
 
 
 def inject_meta_tokens(text, meta_rate, meta_id, rng, block_size=None, placement='random'):

@@ -25,7 +25,8 @@ import torch.distributed.nn.functional  # now: torch loads it later, when its de
 from torch.nn.parallel import DistributedDataParallel
 
 from model import GPT, GPTConfig
-from prepare import Blocks, PrepareConfig, UserError, get_tokenizer, load_data, meta_count, meta_token, padded_vocab_size, parse_config, prepare, run, token_bytes
+from prepare import (Blocks, Positive, PrepareConfig, Share, UserError, get_tokenizer, load_data, meta_count, meta_every, meta_token, padded_vocab_size,
+                     parse_config, prepare, run, token_bytes)
 
 
 @dataclass
@@ -38,22 +39,22 @@ class TrainConfig:
     overwrite: bool = False      # allow a fresh run in a folder that holds one
     seed: int = 1337             # decides the initial weights and everything random after
     # how long
-    max_iters: int = 1700        # optimizer steps
-    eval_interval: int = 425     # validate and save every so many steps
-    eval_iters: int = 75         # validate on so many batches, always the same; all of it where that is fewer
+    max_iters: Positive = 1700   # optimizer steps
+    eval_interval: Positive = 425  # validate and save every so many steps
+    eval_iters: Positive = 75    # validate on so many batches, always the same; all of it where that is fewer
     eval_only: bool = False      # validate once and stop, writing nothing
-    log_interval: int = 20       # a progress line every so many steps
+    log_interval: Positive = 20  # a progress line every so many steps
     # what a step sees
-    batch_size: int = 4          # rows of a micro-batch, on one device
-    gradient_accumulation_steps: int = 1  # micro-batches in a step, over all devices
-    block_size: int = 256        # T, positions in a row, meta-tokens included
-    meta_rate: float = 0.1       # k, the share of meta-tokens among them (paper: 0.1); 0 is plain GPT-2 data
+    batch_size: Positive = 4     # rows of a micro-batch, on one device
+    gradient_accumulation_steps: Positive = 1  # micro-batches in a step, over all devices
+    block_size: Positive = 256   # T, positions in a row, meta-tokens included
+    meta_rate: Share = 0.1       # k, the share of meta-tokens among them (paper: 0.1); 0 is plain GPT-2 data
     meta_placement: Literal['random', 'periodic'] = 'random'  # where they stand: drawn anew for each row, or evenly spaced
     # the model
-    n_layer: int = 3             # blocks
-    n_head: int = 4              # heads in each attention
-    n_embd: int = 128            # channels
-    dropout: float = 0.0         # in training only
+    n_layer: Positive = 3        # blocks
+    n_head: Positive = 4         # heads in each attention
+    n_embd: Positive = 128       # channels
+    dropout: Share = 0.0         # in training only
     bias: bool = False           # in linear layers and layer norms
     pos: Literal['rope', 'ape', 'none'] = 'rope'  # positions: rotary, learned (GPT-2's), or none
     meta_attn: bool = True       # the second attention, among meta-tokens
@@ -66,8 +67,8 @@ class TrainConfig:
     warmup_iters: int = 50       # steps of linear rise to the peak
     lr_decay_iters: int = 0      # steps until the end of the cosine; 0: max_iters, also where a resumed run raises that
     weight_decay: float = 0.1    # on matrices only
-    beta1: float = 0.9           # AdamW's
-    beta2: float = 0.95          # AdamW's
+    beta1: Share = 0.9           # AdamW's
+    beta2: Share = 0.95          # AdamW's
     grad_clip: float = 1.0       # clip the gradient's norm there; 0: never
     # the machine
     device: str = 'auto'         # auto | cpu | cuda | cuda:1 | mps
@@ -186,21 +187,6 @@ def save_checkpoint(path, checkpoint):
         raise
 
 
-def check_settings(cfg, machine):
-    """Raises UserError for numbers that no run can have."""
-    for f in fields(cfg):
-        value = getattr(cfg, f.name)
-        if f.type is int and value < (0 if f.name in ('seed', 'warmup_iters', 'lr_decay_iters') else 1):
-            raise UserError(f'--{f.name}={value} must be {"0" if f.name in ("seed", "warmup_iters", "lr_decay_iters") else "1"} or more')
-        if f.name in ('dropout', 'beta1', 'beta2') and not 0 <= value < 1:
-            raise UserError(f'--{f.name}={value} must be 0 or more, and less than 1')
-        if f.name in ('learning_rate', 'min_lr', 'weight_decay', 'grad_clip') and not value >= 0:
-            raise UserError(f'--{f.name}={value} must be 0 or more')
-    if cfg.gradient_accumulation_steps % machine.world:
-        raise UserError(f'--gradient_accumulation_steps={cfg.gradient_accumulation_steps} counts over all processes: {machine.world} of them need a '
-                        f'multiple of {machine.world}')
-
-
 def tokenizer_of(checkpoint):
     return get_tokenizer('bytes' if checkpoint['model_args']['meta_id'] == 257 else 'gpt2')
 
@@ -277,7 +263,7 @@ def learning_rate(it, cfg):
     return cfg.min_lr + 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))) * (cfg.learning_rate - cfg.min_lr)
 
 
-def make_optimizers(model, cfg, machine):
+def make_optimizers(model, cfg):
     """AdamW, with weight decay on matrices only; with --optimizer=muon, Muon for the blocks' matrices beside it."""
     params = list(model.named_parameters())
     for_muon = {name for name, p in params if cfg.optimizer == 'muon' and p.dim() == 2 and '.h.' in name}
@@ -303,6 +289,10 @@ def fit(cfg, machine, model, checkpoint, out_dir, get_batch, evaluate, n_meta, c
     hold. status(it) -> words for the progress line. SIGINT and SIGTERM finish the step, save, and exit; a second one ends the process at once.
     Raises UserError after ten non-finite steps in a row.
     """
+    per_step = cfg.gradient_accumulation_steps
+    per_rank = per_step // machine.world  # micro-batches; rank r takes the r-th share of each step's
+    if per_step % machine.world:
+        raise UserError(f'--gradient_accumulation_steps={per_step} counts over all processes: {machine.world} of them need a multiple of {machine.world}')
     stop = []
 
     def on_signal(number, frame):
@@ -310,7 +300,7 @@ def fit(cfg, machine, model, checkpoint, out_dir, get_batch, evaluate, n_meta, c
         signal.signal(number, signal.SIG_DFL)
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    optimizers = make_optimizers(model, cfg, machine)
+    optimizers = make_optimizers(model, cfg)
     scaler = torch.amp.GradScaler(machine.type, enabled=machine.dtype == 'float16')
     it, tokens, best_val_loss = 0, 0, float('inf')
     if checkpoint:
@@ -329,8 +319,6 @@ def fit(cfg, machine, model, checkpoint, out_dir, get_batch, evaluate, n_meta, c
     compiled = ddp = machine.compiled(model, cfg)
     if machine.world > 1:
         ddp = DistributedDataParallel(compiled, device_ids=[machine.device] if machine.type == 'cuda' else None)
-    per_step = cfg.gradient_accumulation_steps
-    per_rank = per_step // machine.world  # micro-batches; rank r takes the r-th share of each step's
 
     def validate():
         row = evaluate(compiled)
@@ -493,11 +481,12 @@ def printable(text):
 def sample_text(model, tok, cfg, machine, n_samples=3, n_tokens=300):
     """New documents by the model, up to its block size, with meta-tokens as often as in training, and left out of the text."""
     meta = meta_token(tok)
-    every = max(round(1 / cfg.meta_rate) - 1, 1) if meta_count(cfg.block_size, cfg.meta_rate) else cfg.block_size
+    every = meta_every(cfg.meta_rate)
+    room = (cfg.block_size - 2) * every // (every + 1) if every else cfg.block_size - 2
     start = torch.full((n_samples, 1), tok.eot_token, device=machine.device)
     model.eval()
     with machine.autocast:
-        ids = model.generate(start, min(n_tokens, max((cfg.block_size - 2) * every // (every + 1), 1)), temperature=0.8, top_k=200, meta_every=every,
+        ids = model.generate(start, max(min(n_tokens, room), 1), temperature=0.8, top_k=200, meta_every=every,
                              generator=torch.Generator(machine.device).manual_seed(cfg.seed))
     text = '\n---\n'.join(tok.decode([i for i in row if i != meta]) for row in ids[:, 1:].tolist())
     return printable(text)
@@ -508,10 +497,9 @@ def main():
     inherited = asdict(cfg).keys() - {'out_dir', 'preset', 'overwrite', 'eval_only', 'dtype', 'device', 'compile'}  # but where to, and on what machine
     cfg, checkpoint, out_dir = open_run(cfg, given, inherited)
     machine = Machine(cfg)
-    check_settings(cfg, machine)
     n_meta, micros = meta_count(cfg.block_size, cfg.meta_rate), cfg.gradient_accumulation_steps
-    if not 0 <= cfg.meta_rate < 1 or n_meta >= cfg.block_size:
-        raise UserError(f'--meta_rate={cfg.meta_rate} must be a share: 0 or more, and low enough to leave room for text')
+    if n_meta >= cfg.block_size:
+        raise UserError(f'--meta_rate={cfg.meta_rate} leaves no room for text in a block of {cfg.block_size}')
     if cfg.meta_attn and n_meta == 0:
         raise UserError(f'meta-attention needs meta-tokens, and --meta_rate={cfg.meta_rate} puts none into a block of {cfg.block_size}: '
                         'raise it, or add --meta_attn=False')

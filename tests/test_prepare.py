@@ -272,6 +272,7 @@ def test_settings(cli, refused, tmp_path):
     assert all(f'--{name} ' in help_text for name in ('source', 'max_tokens', 'text_column')) and 'gpt2|bytes' in help_text
     assert 'did you mean --source' in refused('prepare.py', '--sorce=x')
     assert 'int' in refused('prepare.py', '--max_tokens=many')
+    assert '--max_tokens=-1 must be 0 or more' in refused('prepare.py', '--max_tokens=-1')
     assert 'gpt3' in refused('prepare.py', '--tokenizer', 'gpt3')
     assert 'True/False' in refused('prepare.py', '--overwrite=yes')
     write(tmp_path / 'a.jsonl', TEXTS)

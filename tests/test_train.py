@@ -269,8 +269,9 @@ def test_refuses_to_overwrite(inside, refused, tmp_path):
 @pytest.mark.parametrize('args, said', [
     (['--n_head=3'], 'n_head=3'), (['--dataset=nowhere'], 'prepare.py'), (['--block_size=100000'], '--block_size'),
     (['--init_from=nowhere.pt'], 'nowhere.pt'), (['--init_from=resume', '--out_dir=out/none'], 'out/none'), (['--learning_rate=fast'], 'float'),
-    (['--lerning_rate=1'], 'did you mean --learning_rate'), (['--pos=alibi'], 'rope'), (['--preset=huge'], 'paper'), (['--batch_size=0'], '--batch_size'), (['--max_iters=0'], '--max_iters'), (['--seed=-1'], '--seed'), (['--dropout=1.5'], '--dropout'),
-    (['--meta_rate=0.999'], '--meta_rate'),
+    (['--lerning_rate=1'], 'did you mean --learning_rate'), (['--pos=alibi'], 'rope'), (['--preset=huge'], 'paper'),
+    (['--batch_size=0'], '--batch_size=0 must be 1 or more'), (['--seed=-1'], '--seed=-1 must be 0 or more'), (['--learning_rate=nan'], '--learning_rate=nan'),
+    (['--grad_clip=inf'], 'less than inf'), (['--dropout=1'], '--dropout=1.0 must be 0 or more, and less than 1'), (['--meta_rate=0.999'], '--meta_rate'),
     (['--meta_rate=0'], '--meta_attn=False'), (['--meta_rate=1.5'], '--meta_rate'), (['--yarn_scale=4'], '--init_from'), (['--device=tpu'], '--device'),
     (['--max_iters'], 'max_iters'), (['5'], "'5'"), (['--init_from=data/toy/train.bin'], 'train.bin'),
 ])
@@ -320,11 +321,11 @@ def test_learning_rate_schedule():
 
 
 def test_weight_decay_on_matrices_only():
-    from train import Machine, TrainConfig, make_optimizers
+    from train import TrainConfig, make_optimizers
     from model import GPT, GPTConfig
     cfg = TrainConfig(device='cpu')
     model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, vocab_size=320, meta_id=257))
-    decayed = {id(p): g['weight_decay'] > 0 for o in make_optimizers(model, cfg, Machine(cfg)) for g in o.param_groups for p in g['params']}
+    decayed = {id(p): g['weight_decay'] > 0 for o in make_optimizers(model, cfg) for g in o.param_groups for p in g['params']}
     assert {name: decayed[id(p)] for name, p in model.named_parameters()} == {name: p.dim() == 2 for name, p in model.named_parameters()}
 
 
