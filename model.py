@@ -59,8 +59,8 @@ def rope_frequencies(config):
     """
     Returns (inv_freq (D/2,) float32, mscale): the angle by which pair i turns per position, and the factor YaRN puts on cos and sin.
 
-    YaRN (Peng et al. 2023, arXiv 2309.00071, the form of its released code): pairs that turn more than beta_fast times within the original
-    length stay as they are, pairs that turn less than beta_slow times are slowed down by yarn_scale, those between are blended, linearly in i.
+    YaRN (Peng et al. 2023, arXiv 2309.00071, the form of its released code): pairs that turn more than beta_fast times within the
+    original length stay, pairs that turn less than beta_slow times are slowed down by yarn_scale, those between are blended, linearly in i.
     """
     c, D = config, config.n_embd // config.n_head
     i = torch.arange(0, D, 2, dtype=torch.float32)
@@ -90,8 +90,8 @@ def apply_rope(x, rope):
 
 class Linear(nn.Linear):
     """
-    nn.Linear, and in generation on a CPU a faster one: a few rows against a whole matrix take as long as reading the matrix does, and the usual
-    kernel, made for many rows, reads it at half of the memory's speed or less. Here each thread multiplies a share of the matrix's own rows.
+    nn.Linear, and in generation on a CPU a faster one: with a few rows of x, the time goes into reading the matrix, and the usual kernel,
+    made for many, reads at half of the memory's speed or less. Here each thread multiplies a share of the matrix's own rows.
     """
     def forward(self, x):
         n, few = torch.get_num_threads(), x.shape[:-1].numel() <= 8
@@ -115,19 +115,21 @@ class Attention(nn.Module):
         """x (B, n, C) -> queries, keys, values, each (B, H, n, D), positions applied."""
         B, n, C = x.shape
         q, k, v = self.c_attn(x).view(B, n, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        if rope is None:
+            return q, k, v
         # v is copied: kept for backward as a view, it would keep the q and k beside it too, of which rotated copies are kept already
-        return (apply_rope(q, rope), apply_rope(k, rope), v.contiguous()) if rope else (q, k, v)
+        return apply_rope(q, rope), apply_rope(k, rope), v.contiguous()
 
     def project(self, y):
         """y (B, H, n, D) -> (B, n, C)"""
         return F.dropout(self.c_proj(y.transpose(1, 2).flatten(2)), self.dropout, self.training)
 
     def forward(self, x, rope, remember=None):
-        """x (B, n, C) -> (B, n, C). remember(k, v), of a KVCache, puts keys and values to those of the tokens before, and gives all of them and a mask."""
+        """x (B, n, C) -> (B, n, C). In generation, remember(k, v) of a KVCache gives all keys and values so far, and a mask."""
         q, k, v = self.qkv(x, rope)
         k, v, mask = remember(k, v) if remember else (k, v, None)
-        causal = mask is None and q.shape[2] > 1  # a single query may see all there is
-        return self.project(F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, dropout_p=self.dropout if self.training else 0.0))
+        dropout = self.dropout if self.training else 0.0
+        return self.project(F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None))
 
 
 class Meta(NamedTuple):
@@ -212,7 +214,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, rope, meta, remember=None, remember_meta=None):
-        """x (B, T, C); rope (cos, sin) of the positions or None; meta a Meta, or None for a batch without meta-attention; in generation, where to keep keys."""
+        """x (B, T, C) -> (B, T, C). rope: (cos, sin) of the positions, or None; meta: None for no meta-attention."""
         x = x + self.attn(self.ln_1(x), rope, remember)
         if meta is not None:
             x = dense_meta_attention(self.meta_attn, self.ln_meta, x, meta, rope) if self.dense else \
@@ -224,26 +226,21 @@ class Block(nn.Module):
 
 class KVCache:
     """
-    The keys and values of one kind of attention, in all blocks, for B rows of up to `size` tokens. Row b has filled its first length[b] slots; what
-    stands behind them is padding of a shorter prompt, masked, and written over by the row's next tokens. So rows differ in length at no cost.
+    The keys and values of one kind of attention, in all blocks, for B rows of up to `size` tokens. Row b has filled its first length[b]
+    slots; behind them stands the padding of a shorter prompt, masked, and written over by the row's next tokens.
     """
     def __init__(self, config, B, size, device, dtype):
         self.kv = torch.zeros(config.n_layer, 2, B, config.n_head, size, config.n_embd // config.n_head, device=device, dtype=dtype)
         self.length = torch.zeros(B, dtype=torch.long, device=device)
-        self.end, self.even = 0, True                       # the largest length, and whether all are equal: known without asking a GPU
+        self.end = 0                                        # the largest length, known without asking a GPU
 
     def start(self, n):
         """The next n tokens of every row go into the slots behind its length. Returns their places in the row, (B, n)."""
-        self.place = self.length[:, None] + torch.arange(n, device=self.length.device)
-        self.plain = self.end == 0 or (self.even and n == 1)  # plain causal attention does, the fastest kernel
+        slots = torch.arange(self.end + n, device=self.length.device)
+        self.place = self.length[:, None] + slots[:n]
+        self.mask = (slots <= self.place[..., None])[:, None] if self.end else None  # (B, 1, n, end); a prompt is plainly causal
         self.end += n
-        self.mask = None if self.plain else (torch.arange(self.end, device=self.length.device) <= self.place[..., None])[:, None]  # (B, 1, n, end)
         return self.place
-
-    def finish(self, n):
-        """Each row has used n of them, a number or (B,)."""
-        self.even = self.even and isinstance(n, int)
-        self.length = self.length + n
 
     def remember(self, layer):
         def put(k, v):                                      # both (B, H, n, D)
@@ -279,7 +276,7 @@ class GPT(nn.Module):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if name.endswith('c_proj.weight') else 0.02)
 
     def rope_at(self, positions):
-        """positions (..., n) -> (cos, sin), each (..., n, D/2), in float32 whatever the autocast (bf16 cannot count past 256); None without RoPE."""
+        """positions (..., n) -> (cos, sin), each (..., n, D/2), in float32 always, as bfloat16 cannot count past 256; None without RoPE."""
         if self.config.pos != 'rope':
             return None
         angle = positions[..., None].float() * self.inv_freq.float()
@@ -289,9 +286,9 @@ class GPT(nn.Module):
         """
         idx (B, T) token ids -> (B, T, C), the normed final hidden states; lm_head of them are the logits.
 
-        zero_meta='position' takes the meta-tokens' position away, in both attentions, 'embedding' their embedding (paper, Table 2). n_meta: M, if
-        every row is known to hold so many meta-tokens at most; else it is counted, which makes a GPU wait. cache: the KVCaches of what stands before
-        idx, of all tokens and of the meta-tokens. Raises ValueError past APE's last position.
+        zero_meta='position' takes the meta-tokens' position away, in both attentions, 'embedding' their embedding (paper, Table 2).
+        n_meta: M, if every row is known to hold so many meta-tokens at most; else it is counted, which makes a GPU wait. cache: the
+        KVCaches of what stands before idx, of all tokens and of the meta-tokens. Raises ValueError past APE's last position.
         """
         c, (B, T), device = self.config, idx.shape, idx.device
         if zero_meta not in (None, 'position', 'embedding'):
@@ -339,15 +336,16 @@ class GPT(nn.Module):
         if x.device.type == 'cpu' and not torch.compiler.is_compiling():
             x, targets = x[targets >= 0], targets[targets >= 0]  # the others need no logits; on a GPU, choosing them would make it wait
         if x.device.type == 'cpu' and hasattr(F, 'linear_cross_entropy') and self.loss_chunk and len(targets):
-            # not all B·T rows of logits at once: at 4096 rows of 50304 twice as fast on a CPU, at 1024 no faster, and less memory in any case
-            return None, F.linear_cross_entropy(x, w, targets, ignore_index=-1, options=nn.LinearCrossEntropyOptions(batch_chunk_size=self.loss_chunk))
+            # not all B·T rows of logits at once: for 4096 rows of 50304 twice as fast, for 1024 no faster, and less memory in any case
+            options = nn.LinearCrossEntropyOptions(batch_chunk_size=self.loss_chunk)
+            return None, F.linear_cross_entropy(x, w, targets, ignore_index=-1, options=options)
         return None, F.cross_entropy(F.linear(x, w), targets, ignore_index=-1)
 
     def flops_per_token(self, T, M):
         """
         Floating-point operations of forward and backward for one of the T positions of a block that holds M meta-tokens.
 
-        2 for each weight of a matrix and 2·2·C for each position attended to (all T of them, masked or not, as is the custom), three times over as
+        2 for each weight of a matrix and 2·2·C for each position attended to (all T, masked or not, as is the custom), three times over, as
         backward costs twice forward. Meta-attention as it runs: its matrices see M of the T positions, its attention M x M.
         """
         c = self.config
@@ -360,27 +358,25 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def prefill(self, idx, lengths, size):
-        """Prompts idx (B, T), padded on the right to their lengths (B,) -> (logits (B, vocab_size) of each row's last token, cache for `size` tokens)."""
+        """Prompts idx (B, T), padded on the right, their lengths (B,) -> (logits (B, vocab_size) after each, cache for `size` tokens)."""
         n_meta = (idx == self.config.meta_id).sum(dim=1)                            # (B,)
         w, M, (B, T) = self.lm_head.weight, int(n_meta.max()), idx.shape
         dtype = torch.get_autocast_dtype(w.device.type) if torch.is_autocast_enabled(w.device.type) else w.dtype
         cache = tuple(KVCache(self.config, B, n, w.device, dtype) for n in (size, M + size - T if self.config.meta_attn else 0))
         x = self.hidden(idx, n_meta=M, cache=cache)                                 # (B, T, C)
-        for kept, n, most in (cache[0], lengths, T), (cache[1], n_meta, M):
-            kept.finish(most if bool((n == most).all()) else n)
+        cache[0].length, cache[1].length = lengths, n_meta
         return self.lm_head(x[torch.arange(B, device=idx.device), lengths - 1]), cache
 
     @torch.no_grad()
     def decode_one_token(self, tokens, cache):
         """
-        The next token of each row, tokens (B, 1), or (B, 2) if a meta-token comes right after -> logits (B, vocab_size) after them. A step costs the
-        reading of all weights, so a meta-token that goes along with the text before it is nearly free, and a step without one has no meta-attention.
+        The next token of each row, tokens (B, 1), or (B, 2) if a meta-token comes right after -> logits (B, vocab_size) after them. A step
+        costs the reading of all weights, so a meta-token along with the text before it is nearly free; without one, no meta-attention runs.
         """
         n = tokens.shape[1]
         x = self.hidden(tokens, n_meta=n - 1, cache=cache)
-        cache[0].finish(n)
-        if n > 1:
-            cache[1].finish(1)
+        cache[0].length = cache[0].length + n
+        cache[1].length = cache[1].length + n - 1
         return self.lm_head(x[:, -1])
 
     def sample(self, logits, temperature, top_k, top_p, generator):
@@ -399,7 +395,8 @@ class GPT(nn.Module):
         return torch.multinomial(p, 1, generator=generator)[:, 0]
 
     @torch.no_grad()
-    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, meta_every=None, generator=None, lengths=None, stop_token=None):
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, meta_every=None, generator=None,
+               lengths=None, stop_token=None):
         """`generate`, step by step: yields the new ids of a step, (B, 1), or (B, 2) where a meta-token follows."""
         c, (B, T) = self.config, idx.shape
         if max_new_tokens < 1:
@@ -423,10 +420,11 @@ class GPT(nn.Module):
 
     def generate(self, idx, max_new_tokens, *args, **kwargs):
         """
-        idx (B, T) -> (B, T + n): idx with max_new_tokens sampled text tokens behind it; of rows padded on the right, their lengths (B,) given, behind the padding.
+        idx (B, T) -> (B, T + n): idx with max_new_tokens sampled text tokens behind it, where prompts differ in length behind the padding.
 
-        Takes temperature=1.0, top_k, top_p, generator; stop_token, after which a row repeats it and all end when all have; meta_every=k, which puts a
-        meta-token after every k new tokens, on top of max_new_tokens. A model trained at meta_rate has seen one in 1/meta_rate tokens, so
-        k = round(1 / meta_rate) - 1 is what it knows. Raises ValueError past the last position of a model with APE; RoPE goes on.
+        Takes temperature=1.0, top_k, top_p, generator; lengths (B,) of prompts padded on the right; stop_token, after which a row repeats it
+        and all end when all have; meta_every=k, which puts a meta-token after every k new tokens, on top of max_new_tokens. A model trained
+        at meta_rate has seen one in 1/meta_rate tokens, so k = round(1 / meta_rate) - 1 is what it knows. Raises ValueError past the last
+        position of a model with APE; RoPE goes on.
         """
         return torch.cat((idx, *self.stream(idx, max_new_tokens, *args, **kwargs)), dim=1)
