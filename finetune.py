@@ -184,7 +184,8 @@ def copying(length, rng, tok, items):
     return f"{' '.join(words[:start])}·[{span}]·{rest}\nCopy?", f' {span}\n'
 
 
-TASKS = {'list_recall': (list_recall, 19), 'segment_counting': (segment_counting, 17), 'parity': (parity, 10), 'copying': (copying, 12)}  # and their shortest prompts
+TASKS = {  # and their shortest prompts, in tokens
+    'list_recall': (list_recall, 19), 'segment_counting': (segment_counting, 17), 'parity': (parity, 10), 'copying': (copying, 12)}
 
 
 def make_example(task, length, rng, tok):
@@ -225,7 +226,7 @@ def examples(task, length, split, seed, tok):
                 seen.add(key)
             misses = 0
             yield prompt, answer
-    raise UserError(f'{task} has too few different prompts of {length} tokens: take a greater length, or fewer examples (there were {len(seen)} to test on)')
+    raise UserError(f'{task} has too few different prompts of {length} tokens: take a greater length, or fewer examples ({len(seen)} were found)')
 
 
 def collate(rows, width, pad):
@@ -313,21 +314,26 @@ def main():
     lengths = dict.fromkeys(train.tasks, cfg.train_length)
     width = width_for(lengths)
     if width > cfg.block_size:
-        stretch = f'stretch it, --block_size={width} --yarn_scale={width / cfg.block_size:.3g}; ' if checkpoint and cfg.pos == 'rope' and cfg.yarn_scale == 1 else ''
-        raise UserError(f'--train_length={cfg.train_length} needs {width} positions with the answer, and the model has {cfg.block_size}: shorten it; {stretch}'
-                        'or take a model with a longer --block_size, by train.py or --init_from=scratch')
+        can_stretch = checkpoint and cfg.pos == 'rope' and cfg.yarn_scale == 1
+        stretch = f'stretch it, --block_size={width} --yarn_scale={width / cfg.block_size:.3g}; ' if can_stretch else ''
+        raise UserError(f'--train_length={cfg.train_length} needs {width} positions with the answer, and the model has {cfg.block_size}: shorten it; '
+                        f'{stretch}or take a model with a longer --block_size, by train.py or --init_from=scratch')
     held_out = [next(stream) for stream in [examples(task, cfg.train_length, 'test', [0, i], tok) for i, task in enumerate(train.tasks)]
                 for _ in range(-(-max(cfg.eval_examples, machine.world) // len(train.tasks)))]
 
     torch.manual_seed(cfg.seed)
     model = make_model(cfg, checkpoint, tok).to(machine.device)
+    n_params = sum(p.numel() for p in model.parameters())
     machine.say(f"""device  {machine.name}{f' x {machine.world} processes' if machine.world > 1 else ''}, {machine.dtype}
-model   {'new' if not checkpoint else cfg.init_from}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, positions {cfg.pos}, meta-attention {'yes' if cfg.meta_attn else 'no'}
+model   {cfg.init_from if checkpoint else 'new'}: {n_params / 1e6:.2f}M parameters, positions {cfg.pos}, meta-attention {'yes' if cfg.meta_attn else 'no'}
 task    {cfg.task}: prompts of up to {cfg.train_length} tokens ({tok.name}), for example
 {tok.decode(sum(held_out[0], [])).replace(META, '·')}
 run     {out_dir}: {cfg.max_iters:,} steps of {cfg.gradient_accumulation_steps * cfg.batch_size} examples""")
 
     last = {}
+
+    def status(it):
+        return (f'phase {train.phase(it)}/5  ' if cfg.curriculum else '') + (f"exact match {last['exact_match']:.1%}  " if last else '')
 
     def evaluate(_):
         mine = held_out[machine.rank::machine.world]
@@ -336,8 +342,8 @@ run     {out_dir}: {cfg.max_iters:,} steps of {cfg.gradient_accumulation_steps *
         last.update(val_loss=nats / targets, exact_match=right / n)
         return dict(last)
 
-    fit(cfg, machine, model, checkpoint if cfg.init_from == 'resume' else None, out_dir, train.batch, evaluate, 2, COLUMNS + ('exact_match',),
-        lambda it: (f'phase {train.phase(it)}/5  ' if cfg.curriculum else '') + (f"exact match {last['exact_match']:.1%}  " if last else ''))
+    fit(cfg, machine, model, checkpoint if cfg.init_from == 'resume' else None, out_dir, train.batch, evaluate, n_meta=2,
+        columns=COLUMNS + ('exact_match',), status=status)
     if machine.rank == 0:
         plot_log(out_dir)
         text = sample_answers(model, held_out[::-(-len(held_out) // 4)], tok)

@@ -39,14 +39,15 @@ class UserError(ValueError):
 
 
 def run(main):
-    """Call a script's `main`; turn a UserError, a file that cannot be read or written, or memory running out into one line on stderr and exit code 2."""
+    """Calls a script's `main`; a UserError, a file that cannot be read or written, memory running out become one line on stderr and exit code 2."""
     try:
         main()
     except (UserError, OSError, RuntimeError, MemoryError) as error:
         if isinstance(error, (RuntimeError, MemoryError)):  # torch's own class is a RuntimeError on a GPU, a bare one on a CPU
             if type(error).__name__ not in ('OutOfMemoryError', 'MemoryError') and "can't allocate memory" not in str(error):
                 raise
-            error = f"out of memory ({str(error).partition(chr(10))[0]}): lower --batch_size, and in training raise --gradient_accumulation_steps as much"
+            first_line, *_ = str(error).splitlines() or ['']
+            error = f'out of memory ({first_line}): lower --batch_size, and in training raise --gradient_accumulation_steps as much'
         rank = os.environ.get('RANK', '0')  # under torchrun
         print(f"{Path(sys.argv[0]).name}{'' if rank == '0' else f' (rank {rank})'}: {error}", file=sys.stderr)
         raise SystemExit(2)
@@ -237,7 +238,8 @@ def open_source(cfg):
         parts = [(name, read_rows(f'{cfg.source} {name}', rows, cfg.text_column), 0) for name, rows in splits.items() if name != 'test']
     is_val = [re.search(r'(^|[^a-z])val(id|idation)?([^a-z]|$)', name.lower()) is not None for name, *_ in parts]
     own = len(set(is_val)) == 2
-    return [(('train', 'val')[val] if own else None, docs, size) for val, (_, docs, size) in zip(is_val, parts)], sum(size for *_, size in parts)
+    splits = [('val' if val else 'train') if own else None for val in is_val]
+    return [(split, docs, size) for split, (_, docs, size) in zip(splits, parts)], sum(size for *_, size in parts)
 
 # ------------------------------------------------------------------------------
 # Text -> data/NAME/{train,val}.bin
@@ -392,7 +394,8 @@ def load_data(name):
     for split in 'train', 'val':
         size, tokens = (folder / f'{split}.bin').stat().st_size, about.get(split, {}).get('tokens')
         if size < 4 or size % 2 or size != 2 * (tokens or size // 2):
-            raise UserError(f"{folder}/{split}.bin is cut short: {size:,} bytes, not {f'{2 * tokens:,}' if tokens else 'two a token'}; make it again with prepare.py --overwrite=True")
+            wanted = f'{2 * tokens:,}' if tokens else 'two a token'
+            raise UserError(f'{folder}/{split}.bin is cut short: {size:,} bytes, not {wanted}; make it again with prepare.py --overwrite=True')
     return Data(tok, *(np.memmap(folder / f'{s}.bin', '<u2', 'r') for s in ('train', 'val')))
 
 
@@ -419,7 +422,8 @@ def inject_meta_tokens(text, meta_rate, meta_id, rng, block_size=None, placement
     B, width = text.shape
     if block_size is None:
         exact = (width - 1) / (1 - meta_rate)
-        block_size = min(range(max(int(exact) - 2, 0), int(exact) + 4), key=lambda T: (T - meta_count(T, meta_rate) != width - 1, abs(T - exact)))
+        near = range(max(int(exact) - 2, 0), int(exact) + 4)
+        block_size = min(near, key=lambda T: (T - meta_count(T, meta_rate) != width - 1, abs(T - exact)))
     T, M = block_size, meta_count(block_size, meta_rate)
     if T - M + 1 != width:
         raise ValueError(f'rows of {width} text tokens do not fill a block of {T} with {M} meta-tokens: that takes {T - M + 1}')
@@ -445,7 +449,8 @@ class Blocks:
         self.seed, self.placement = seed, placement
         self.chunk = block_size - meta_count(block_size, meta_rate)
         self.n_chunks = (len(tokens) - 1) // self.chunk  # each chunk's last target is the next one's first token
-        self.permutation = lru_cache(2)(lambda epoch: np.random.default_rng([seed, epoch]).permutation(np.arange(self.n_chunks, dtype=np.uint32)))
+        chunks = np.arange(self.n_chunks, dtype=np.uint32)
+        self.permutation = lru_cache(2)(lambda epoch: np.random.default_rng([seed, epoch]).permutation(chunks))
 
     def batch(self, first_row, n_rows):
         """Rows first_row ... first_row + n_rows - 1 of the endless sequence: idx, targets, both (n_rows, T) int64."""

@@ -21,7 +21,7 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional  # now: torch loads it later, when its default arguments would hold on to the process group beyond its end
+import torch.distributed.nn.functional  # now, as it is: loaded after the process group, it would hold on to that beyond its end
 from torch.nn.parallel import DistributedDataParallel
 
 from model import GPT, GPTConfig
@@ -78,8 +78,8 @@ class TrainConfig:
 
 PRESETS = {
     'tiny': {},  # the defaults above
-    'paper': dict(dataset='c4', max_iters=200_000, lr_decay_iters=600_000, eval_interval=1000, eval_iters=200, batch_size=12, gradient_accumulation_steps=40,
-                  block_size=1024, n_layer=12, n_head=12, n_embd=768, learning_rate=6e-4, min_lr=6e-5, warmup_iters=2000),
+    'paper': dict(dataset='c4', max_iters=200_000, lr_decay_iters=600_000, eval_interval=1000, eval_iters=200, block_size=1024, batch_size=12,
+                  gradient_accumulation_steps=40, n_layer=12, n_head=12, n_embd=768, learning_rate=6e-4, min_lr=6e-5, warmup_iters=2000),
 }
 MODEL_KEYS = ('block_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias', 'pos', 'meta_attn', 'yarn_scale')
 
@@ -87,8 +87,8 @@ MODEL_KEYS = ('block_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias', 'p
 # The machine: one process, or one of many under torchrun
 
 PEAK_FLOPS = {  # dense 16-bit, from NVIDIA's data sheets; a card counts if its name has all these words (an L40 is no L4)
-    'H200 NVL': 835e12, 'H200': 989e12, 'H100 PCIe': 756e12, 'H100 NVL': 835e12, 'H100 HBM3': 989e12, 'A100': 312e12, 'L40S': 362e12, 'L4': 121e12,
-    'V100 SXM2': 125e12, 'T4': 65e12,
+    'H200 NVL': 835e12, 'H200': 989e12, 'H100 PCIe': 756e12, 'H100 NVL': 835e12, 'H100 HBM3': 989e12, 'A100': 312e12, 'L40S': 362e12,
+    'L4': 121e12, 'V100 SXM2': 125e12, 'T4': 65e12,
 }
 
 
@@ -118,7 +118,8 @@ class Machine:
         self.autocast = nullcontext() if self.dtype == 'float32' else torch.autocast(self.type, getattr(torch, self.dtype))
         gpu = torch.cuda.get_device_name() if self.type == 'cuda' else ''
         words = set(gpu.replace('-', ' ').split())
-        self.peak_flops = next((f for name, f in PEAK_FLOPS.items() if set(name.split()) <= words and 'MIG' not in words and self.dtype != 'float32'), None)
+        known = [f for name, f in PEAK_FLOPS.items() if set(name.split()) <= words and 'MIG' not in words]
+        self.peak_flops = known[0] if known and self.dtype != 'float32' else None
         self.name = gpu or f'{self.device}' + (f' ({torch.get_num_threads()} threads)' if self.type == 'cpu' else '')
 
     def say(self, *words):
@@ -232,20 +233,20 @@ def plot_log(out_dir):
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
-    rows = read_log(out_dir)
-    lines = dict(train_loss=(0, 'training', dict(color='0.6', lw=1)), val_loss=(0, 'validation', dict(color='C0', marker='o', ms=4)),
-                 exact_match=(1, 'held-out prompts', dict(color='C0', marker='o', ms=4)))
-    n_panels = 1 + ('exact_match' in rows[0])
-    figure, axes = plt.subplots(n_panels, figsize=(7, 3 + 1.5 * n_panels), sharex=True, squeeze=False, layout='constrained')
-    for column, (panel, label, style) in lines.items():
-        points = [(float(r['tokens']), float(r[column])) for r in rows if r.get(column)]
-        axes[panel, 0].plot(*zip(*points), label=label, **style) if points else None
-    for ax, label in zip(axes[:, 0], ('loss (nats per text token)', 'exact match')):
-        ax.set(ylabel=label)
+    rows, dots = read_log(out_dir), dict(color='C0', marker='o', ms=4)
+    panels = [('loss (nats per text token)', dict(train_loss=('training', dict(color='0.6', lw=1)), val_loss=('validation', dots)))]
+    if 'exact_match' in rows[0]:
+        panels.append(('exact match', dict(exact_match=('held-out prompts', dots))))
+    figure, axes = plt.subplots(len(panels), figsize=(7, 3 + 1.5 * len(panels)), sharex=True, squeeze=False, layout='constrained')
+    for ax, (ylabel, lines) in zip(axes[:, 0], panels):
+        for column, (label, style) in lines.items():
+            points = [(float(row['tokens']), float(row[column])) for row in rows if row[column]]
+            ax.plot(*(zip(*points) if points else ([], [])), label=label, **style)
+        ax.set(ylabel=ylabel)
         ax.grid(alpha=0.3)
         ax.legend()
     axes[0, 0].set(title=str(out_dir))
-    axes[-1, 0].set(xlabel='tokens seen (meta-tokens and padding included)' if n_panels > 1 else 'tokens seen (positions, meta-tokens included)')
+    axes[-1, 0].set(xlabel='tokens seen (meta-tokens and padding included)')
     figure.savefig(out_dir / 'loss.png.tmp', format='png', dpi=120)
     plt.close(figure)
     os.replace(out_dir / 'loss.png.tmp', out_dir / 'loss.png')
@@ -280,19 +281,25 @@ def make_optimizers(model, cfg):
 # ------------------------------------------------------------------------------
 # The loop
 
+def in_words(row):
+    """What was measured on held-out data, as a line."""
+    words = dict(val_loss='validation loss {:.4f} nats per text token', val_bpb='{:.4f} bits per byte', exact_match='exact match {:.1%}')
+    return ', '.join(words[key].format(value) for key, value in row.items())
+
+
 def fit(cfg, machine, model, checkpoint, out_dir, get_batch, evaluate, n_meta, columns=COLUMNS, status=lambda it: ''):
     """
     Trains `model` to max_iters and keeps the run's folder.
 
-    get_batch(i) -> idx, targets, int64 arrays: micro-batch i of the run, the same whoever asks; those of one step have one shape. evaluate(model)
-    -> dict(val_loss=...) and whatever else of `columns`, the log's. checkpoint: to resume from, or None. n_meta: the most meta-tokens a row can
-    hold. status(it) -> words for the progress line. SIGINT and SIGTERM finish the step, save, and exit; a second one ends the process at once.
-    Raises UserError after ten non-finite steps in a row.
+    get_batch(i) -> idx, targets, int64 arrays: micro-batch i of the run, the same whoever asks; those of one step have one shape.
+    evaluate(model) -> dict(val_loss=...) and whatever else of `columns`, the log's. checkpoint: to resume from, or None. n_meta: the most
+    meta-tokens a row can hold. status(it) -> words for the progress line. SIGINT and SIGTERM finish the step, save, and exit; a second one
+    ends the process at once. Raises UserError after ten non-finite steps in a row.
     """
     per_step = cfg.gradient_accumulation_steps
     per_rank = per_step // machine.world  # micro-batches; rank r takes the r-th share of each step's
     if per_step % machine.world:
-        raise UserError(f'--gradient_accumulation_steps={per_step} counts over all processes: {machine.world} of them need a multiple of {machine.world}')
+        raise UserError(f'--gradient_accumulation_steps={per_step} counts over all processes: make it a multiple of their number, {machine.world}')
     stop = []
 
     def on_signal(number, frame):
@@ -322,8 +329,7 @@ def fit(cfg, machine, model, checkpoint, out_dir, get_batch, evaluate, n_meta, c
 
     def validate():
         row = evaluate(compiled)
-        also = ''.join(f', {words.format(row[key])}' for key, words in (('val_bpb', '{:.4f} bits per byte'), ('exact_match', 'exact match {:.1%}')) if key in row)
-        machine.say(f"iter {it:>6}/{cfg.max_iters}  validation loss {row['val_loss']:.4f} nats per text token{also}")
+        machine.say(f'iter {it:>6}/{cfg.max_iters}  {in_words(row)}')
         return row
 
     def write(row):
@@ -385,8 +391,8 @@ def fit(cfg, machine, model, checkpoint, out_dir, get_batch, evaluate, n_meta, c
         if skipped:
             machine.say(f'iter {it:>6}/{cfg.max_iters}  skipped: loss {train_loss}, gradient norm {grad_norm}')
         if skipped == 10:
-            raise UserError('stopped: ten steps in a row without a finite loss and gradient; try a lower --learning_rate, or --dtype=float32'
-                            + (f'. {out_dir}/ckpt.pt is the last good checkpoint' if (out_dir / 'ckpt.pt').exists() else ''))
+            last = f'. {out_dir}/ckpt.pt is the last good checkpoint' if (out_dir / 'ckpt.pt').exists() else ''
+            raise UserError(f'stopped: ten steps in a row without a finite loss and gradient; lower --learning_rate, or --dtype=float32{last}')
         row = {}
         if it % cfg.log_interval == 0:
             speed = (tokens - clock_tokens) / (time.time() - clock)
@@ -412,7 +418,8 @@ def fit(cfg, machine, model, checkpoint, out_dir, get_batch, evaluate, n_meta, c
         if milestone:
             clock_tokens, clock = tokens, time.time()
         if stopping:
-            machine.say(f'stopped after iter {it}' + (f', and saved; go on with --init_from=resume --out_dir={out_dir}' if saved and good else ', not saved'))
+            done = f'and saved; go on with --init_from=resume --out_dir={out_dir}' if saved and good else 'not saved'
+            machine.say(f'stopped after iter {it}, {done}')
             raise SystemExit(128 + (stop or [signal.SIGTERM])[0])
     ahead.shutdown(cancel_futures=True)
     for number, handler in before.items():
@@ -435,12 +442,15 @@ def make_model(cfg, checkpoint, tok):
         if old['vocab_size'] != args['vocab_size']:
             raise UserError(f"data/{cfg.dataset} has a vocabulary of {args['vocab_size']}, the checkpoint one of {old['vocab_size']}: "
                             'give the --dataset= of its tokenizer')
-        free = {'dropout'} if cfg.init_from == 'resume' else {'dropout', 'yarn_scale'} if old['pos'] == 'ape' else {'dropout', 'yarn_scale', 'block_size'}
+        resume, why = cfg.init_from == 'resume', ''
+        free = {'dropout'} if resume else {'dropout', 'yarn_scale'} if old['pos'] == 'ape' else {'dropout', 'yarn_scale', 'block_size'}
         for key in MODEL_KEYS:
             if args[key] != old[key] and key not in free:
-                raise UserError(f'--{key}={args[key]}: the checkpoint has {old[key]}, and that stays'
-                                + (f'; --init_from={cfg.out_dir or "out/" + cfg.preset}/ckpt.pt starts a new run from it' if cfg.init_from == 'resume' else
-                                   ' (learned positions cannot be extended)' if key == 'block_size' else ''))
+                if resume:
+                    why = f'; --init_from={cfg.out_dir or "out/" + cfg.preset}/ckpt.pt starts a new run from it'
+                elif key == 'block_size':
+                    why = ' (learned positions cannot be extended)'
+                raise UserError(f'--{key}={args[key]}: the checkpoint has {old[key]}, and that stays{why}')
         if args['yarn_scale'] != old['yarn_scale']:
             args['yarn_orig_block_size'] = old['block_size'] if old['yarn_scale'] == 1 else old['yarn_orig_block_size']
         args = {**old, **args}
@@ -494,8 +504,8 @@ def sample_text(model, tok, cfg, machine, n_samples=3, n_tokens=300):
 
 def main():
     cfg, given = parse_config(TrainConfig, PRESETS, doc=__doc__)
-    inherited = asdict(cfg).keys() - {'out_dir', 'preset', 'overwrite', 'eval_only', 'dtype', 'device', 'compile'}  # but where to, and on what machine
-    cfg, checkpoint, out_dir = open_run(cfg, given, inherited)
+    here = {'out_dir', 'preset', 'overwrite', 'eval_only', 'dtype', 'device', 'compile'}  # of this run; the rest a checkpoint brings along
+    cfg, checkpoint, out_dir = open_run(cfg, given, asdict(cfg).keys() - here)
     machine = Machine(cfg)
     n_meta, micros = meta_count(cfg.block_size, cfg.meta_rate), cfg.gradient_accumulation_steps
     if n_meta >= cfg.block_size:
@@ -531,8 +541,7 @@ run     {out_dir}: {cfg.max_iters:,} steps, {epochs:.2f} epochs{', so text is se
         return validation_loss(model, val, cfg, machine, bytes_per_token, n_meta)
 
     if cfg.eval_only:
-        row = evaluate(model)
-        machine.say(f"validation loss {row['val_loss']:.4f} nats per text token, {row['val_bpb']:.4f} bits per byte")
+        machine.say(in_words(evaluate(model)))
         return
     fit(cfg, machine, model, checkpoint if cfg.init_from == 'resume' else None, out_dir,
         lambda i: train.batch(i * cfg.batch_size, cfg.batch_size), evaluate, n_meta)
