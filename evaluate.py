@@ -45,17 +45,18 @@ class Loaded(NamedTuple):
 
 def load_models(paths, machine, yarn_scale=1.0):
     """
-    [Loaded] for a comma-separated list of checkpoints; with yarn_scale, each RoPE model that was not stretched in training a second time, stretched now.
-    Raises UserError.
+    [Loaded] for a comma-separated list of checkpoints; with yarn_scale, each RoPE model that was not stretched in training comes a second
+    time, stretched now. Raises UserError.
     """
     models, paths = [], [Path(path) for path in paths.split(',')]
     for path in paths:
         checkpoint = load_checkpoint(path)
         name = path.parent.name if sum(p.parent.name == path.parent.name for p in paths) == 1 else str(path)
-        variants = {name: GPTConfig(**checkpoint['model_args'])}
-        if yarn_scale != 1 and variants[name].pos == 'rope' and variants[name].yarn_scale == 1:
+        config = GPTConfig(**checkpoint['model_args'])
+        variants = {name: config}
+        if yarn_scale != 1 and config.pos == 'rope' and config.yarn_scale == 1:
             try:
-                variants[f'{name} + YaRN x{yarn_scale:g}'] = replace(variants[name], yarn_scale=yarn_scale, yarn_orig_block_size=variants[name].block_size)
+                variants[f'{name} + YaRN x{yarn_scale:g}'] = replace(config, yarn_scale=yarn_scale, yarn_orig_block_size=config.block_size)
             except ValueError as error:
                 raise UserError(f'--{error}')
         for name, config in variants.items():
@@ -75,7 +76,7 @@ def write_results(ckpt, name, figure, results):
     folder = Path(ckpt.split(',')[0]).parent / 'eval'
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / f'{name}.png.tmp', format='png', dpi=120)
-    (folder / f'{name}.json.tmp').write_text(json.dumps(results, indent=1) + '\n')
+    (folder / f'{name}.json.tmp').write_text(json.dumps(results, indent=1, default=lambda array: array.tolist()) + '\n')
     for kind in 'png', 'json':
         os.replace(folder / f'{name}.{kind}.tmp', folder / f'{name}.{kind}')
     print(f'written to {folder}/: {name}.json  {name}.png')
@@ -135,7 +136,7 @@ def held_out(task, length, n, tok):
 
 
 def tasks(argv):
-    """Exact match and token accuracy on held-out prompts of a recall task, by prompt length; with positions or embeddings of the meta-tokens zeroed."""
+    """Exact match and token accuracy on held-out prompts, by prompt length; with positions or embeddings of the meta-tokens zeroed."""
     from tqdm import tqdm
     cfg, _ = parse_config(TasksConfig, argv=argv, doc=tasks.__doc__)
     lengths, machine = whole_numbers(cfg.lengths, 'lengths'), Machine(cfg)
@@ -154,10 +155,10 @@ def tasks(argv):
             cells.append(cell)
 
     for task, measure in product(chosen, ('exact_match', 'token_accuracy')):
-        table = {}                                                                  # (model, meta-tokens) -> a cell a length
+        table = {}                                                              # (model, meta-tokens) -> a cell a length
         for c in (c for c in cells if c['task'] == task):
-            interval = [f'{100 * x:.1f}' for x in c.get(f'{measure}_95', ())]
-            table.setdefault((c['model'], c['meta_tokens']), []).append(f"{100 * c[measure]:.1f} ({'-'.join(interval)})" if interval else '-')
+            shown = '{:.1f} ({:.1f}-{:.1f})'.format(*(100 * x for x in (c[measure], *c[f'{measure}_95']))) if measure in c else '-'
+            table.setdefault((c['model'], c['meta_tokens']), []).append(shown)
         print(f"\n{task}: {measure.replace('_', ' ')}, %, by prompt length (95% interval, {cfg.n_examples} examples)\n")
         print(markdown(['model', 'meta-tokens', *lengths], [[*key, *row] for key, row in table.items()]))
     if any('exact_match' not in c for c in cells):
@@ -168,8 +169,8 @@ def tasks(argv):
         for n, m in enumerate(models):
             points = [c for c in cells if (c['task'], c['model'], c['meta_tokens']) == (task, m.name, 'full') and 'exact_match' in c]
             if points:
-                y, ends = np.array([c['exact_match'] for c in points]), np.array([c['exact_match_95'] for c in points])
-                ax.errorbar([c['length'] for c in points], 100 * y, 100 * np.abs(ends - y[:, None]).T, label=m.name, capsize=3, **line_style(n))
+                x, y, ends = (np.array([c[key] for c in points]) for key in ('length', 'exact_match', 'exact_match_95'))
+                ax.errorbar(x, 100 * y, 100 * np.abs(ends - y[:, None]).T, label=m.name, capsize=3, **line_style(n))
         for trained in sorted({m.trained.get('train_length', 0) for m in models} - {0}):
             ax.axvline(trained, color='0.6', lw=1, zorder=0)
             ax.annotate(f'trained up to {trained}', (trained, 102), ha='center', fontsize=8, color='0.4', annotation_clip=False)
@@ -202,7 +203,7 @@ class PerplexityConfig:
 
 @lru_cache
 def read_documents(text, tok, max_tokens):
-    """The documents of local files, each (n,) ids; of a data folder its validation text, as one. In equal shares of max_tokens. Raises UserError."""
+    """[(n,) ids] of each document in local files, or of a data folder's validation text, in equal shares of max_tokens. Raises UserError."""
     name = text.rstrip('/').removeprefix('data/')
     if Path('data', name, 'val.bin').exists():
         data = load_data(name)
@@ -229,10 +230,10 @@ def read_documents(text, tok, max_tokens):
 
 def window_losses(model, tokens, T, stride, meta_rate, batch_size, machine, placement='random'):
     """
-    Slides a window over a document, tokens (n,): T positions, of which M hold meta-tokens and T - M the text. Each window scores the tokens that
-    the one before it did not reach, the first one all; so each token of the document but the first is scored once, in at least T - M - stride of context.
+    Slides a window over a document, tokens (n,): T positions, of which M hold meta-tokens and T - M the text. Each window scores the tokens
+    that the one before it did not reach, the first one all; so each token but the first is scored once, in T - M - stride of context or more.
 
-    Yields, a batch of windows at a time, nats (B, T), the loss at every position, nan where it does not predict a text token; scored (B, T).
+    Yields, a batch of windows at a time, nats (B, T), the loss at every position, nan where it predicts no text token; scored (B, T).
     """
     meta_id = model.config.meta_id
     M = meta_count(T, meta_rate)
@@ -281,20 +282,19 @@ def perplexity(argv):
                 sums, counts = sums + np.nansum(losses, axis=0), counts + (~np.isnan(losses)).sum(axis=0)
                 bar.update(int(scored.sum()))
         n_bytes = sum(int(token_bytes(m.tok)[tokens[1:]].sum()) for tokens in documents)
-        buckets = np.array_split(np.arange(T), cfg.n_buckets)
+        buckets = [b for b in np.array_split(np.arange(T), cfg.n_buckets) if counts[b].any()]
         results.append(dict(model=m.name, meta_rate=rate, block_size=T, stride=stride, windows=n_windows, scored_tokens=n_scored,
                             perplexity=math.exp(nats / n_scored), nats=nats / n_scored, bits_per_byte=nats / math.log(2) / n_bytes,
-                            positions=[int(b[0]) for b in buckets if len(b)],
-                            perplexity_by_position=[math.exp(sums[b].sum() / counts[b].sum()) if counts[b].any() else None for b in buckets if len(b)]))
+                            positions=[int(b[0]) for b in buckets],
+                            perplexity_by_position=[math.exp(sums[b].sum() / counts[b].sum()) for b in buckets]))
     print(f'text tokens of {cfg.text}, {len(documents)} documents; each token is scored once, in the first window that reaches it\n')
     print(markdown(['model', 'meta-tokens a window', 'window', 'stride', 'windows', 'tokens scored', 'perplexity', 'bits per byte'],
                    [[r['model'], meta_count(r['block_size'], r['meta_rate']), r['block_size'], r['stride'], f"{r['windows']:,}",
                      f"{r['scored_tokens']:,}", f"{r['perplexity']:.4f}", f"{r['bits_per_byte']:.4f}"] for r in results]))
     figure, ax = subplots(figsize=(7, 4.5))
     for n, r in enumerate(results):
-        half = r['block_size'] / len(r['positions']) / 2
-        points = [(x + half, y) for x, y in zip(r['positions'], r['perplexity_by_position']) if y]
-        ax.plot(*zip(*points), label=f"{r['model']}, {'with' if r['meta_rate'] else 'without'} meta-tokens", **line_style(n))
+        middle = np.array(r['positions']) + r['block_size'] / cfg.n_buckets / 2
+        ax.plot(middle, r['perplexity_by_position'], label=f"{r['model']}, {'with' if r['meta_rate'] else 'without'} meta-tokens", **line_style(n))
     ax.set(xlabel='position in the window', ylabel='perplexity of text tokens', title=cfg.text)
     ax.grid(alpha=0.3)
     ax.legend(fontsize=8)
@@ -328,7 +328,7 @@ def open_inside(doc, argv):
 
 
 def look_inside(model, idx, zero_meta=None):
-    """idx (B, T) -> for each block: its causal attention, the (x, rope) that this was given, the residual stream after the block (B, T, C)."""
+    """idx (B, T) -> for each block: its causal attention, the (x, rope) that this was given, the residual stream after it (B, T, C)."""
     seen, hooks = [], []
     for block in model.transformer.h:
         hooks.append(block.attn.register_forward_pre_hook(lambda attn, args: seen.append([attn, args[:2]])))  # x, rope
@@ -354,15 +354,23 @@ def entropy(logits):
 
 
 def bootstrap(statistic, n_rows, n=1000):
-    """statistic(rows) of all rows, an index array, and its 95% interval from n draws of as many rows: (value, low, high)."""
+    """(3, ...): statistic(rows) of all rows, an index array, and the ends of its 95% interval, from n draws of as many rows."""
     rng = np.random.default_rng(0)
     draws = np.stack([statistic(rng.integers(n_rows, size=n_rows)) for _ in range(n)])
-    return statistic(np.arange(n_rows)), *np.percentile(draws, (2.5, 97.5), axis=0)
+    return np.stack((statistic(np.arange(n_rows)), *np.percentile(draws, (2.5, 97.5), axis=0)))
 
 
-def verdict(low, high, words=('it falls', 'not resolved', 'it rises')):
-    """Where an interval lies: below 0, about it, above it."""
-    return words[0] if high < 0 else words[2] if low > 0 else words[1]
+def named(interval):
+    return dict(zip(('mean', 'low', 'high'), interval))
+
+
+def span(interval):
+    return '{:+.3f} ({:+.3f} to {:+.3f})'.format(*interval)
+
+
+def verdict(interval, words):
+    """The word for an interval (value, low, high) below 0, about it (or nan), above it."""
+    return words[0] if interval[2] < 0 else words[2] if interval[1] > 0 else words[1]
 
 
 def sharpening(argv):
@@ -381,27 +389,28 @@ def sharpening(argv):
             layers.append(torch.stack((entropy(logits), logits.amax(-1)), dim=-1))
         return torch.stack(layers).cpu().numpy()
     as_is = np.stack([measure(row) for row in idx])                                  # (n_rows, L, H, W - 1, 2)
-    others = {'against zeroed embeddings': (np.stack([measure(row, 'embedding') for row in idx]), dict(color='C0', alpha=0.6)),
-              'against the text without them': (np.stack([measure(row[row != meta_id]) for row in idx]), dict(color='k', histtype='step', lw=1.5))}
+    zeroed = np.stack([measure(row, 'embedding') for row in idx])
+    without = np.stack([measure(row[row != meta_id]) for row in idx])
+    others = (('zeroed embeddings', zeroed, dict(color='C0', alpha=0.6)), ('the text without them', without, dict(color='k', histtype='step', lw=1.5)))
     results, table = [], []
     figure, axes = subplots(1, 2, figsize=(10, 4))
-    for (words, (other, style)), (w, what) in product(others.items(), enumerate(('entropy', 'largest logit'))):
+    for (against, other, style), (w, what) in product(others, enumerate(('entropy', 'largest logit'))):
         change, ax = as_is[..., w] - other[..., w], axes[w]                          # (n_rows, L, H, W - 1)
-        mean, low, high = bootstrap(lambda rows: change.mean(axis=(1, 2, 3))[rows].mean(), n_rows)
-        by_head = bootstrap(lambda rows: change.mean(axis=3)[rows].mean(axis=0), n_rows)  # 3 x (L, H)
-        results.append(dict(of=what, against=words, mean=float(mean), interval_95=[float(low), float(high)],
-                            by_layer_and_head=dict(zip(('mean', 'low', 'high'), (x.tolist() for x in by_head)))))
-        table += [[what, words, layer, f'{x.mean():+.3f}', *(f'{head:+.3f}' for head in x)] for layer, x in enumerate(by_head[0])]
-        ax.hist(change.ravel(), np.linspace(*np.percentile(change, (0.5, 99.5)), 81), density=True, label=f'{words}: mean {mean:+.2f}', **style)
+        total = bootstrap(lambda rows: change.mean(axis=(1, 2, 3))[rows].mean(), n_rows)  # (3,)
+        by_head = bootstrap(lambda rows: change.mean(axis=3)[rows].mean(axis=0), n_rows)  # (3, L, H)
+        results.append(dict(of=what, against=against, **named(total), by_layer_and_head=named(by_head)))
+        table += [[what, against, layer, f'{x.mean():+.3f}', *(f'{head:+.3f}' for head in x)] for layer, x in enumerate(by_head[0])]
+        bins = np.linspace(*np.percentile(change, (0.5, 99.5)), 81)
+        ax.hist(change.ravel(), bins, density=True, label=f'against {against}: mean {total[0]:+.2f}', **style)
         ax.axvline(0, color='0.5', lw=1)
         ax.set(xlabel=f'change of the {what} by the presence of meta-tokens', ylabel='density (per layer, head and text token)')
         ax.margins(y=0.2)
         ax.legend(fontsize=8, loc='upper left')
     print(f'{m.name}: change by the presence of meta-tokens, at text tokens of {n_rows} rows; entropy in nats\n')
-    print(markdown(['change of', '', 'layer', 'mean', *(f'head {h}' for h in range(m.model.config.n_head))], table))
+    print(markdown(['change of', 'against', 'layer', 'mean', *(f'head {h}' for h in range(m.model.config.n_head))], table))
     for r in results:
-        low, high = r['interval_95']
-        print(f"{r['of']} {r['against']}: {r['mean']:+.3f} ({low:+.3f} to {high:+.3f}), {verdict(low, high)}; the paper: "
+        total = r['mean'], r['low'], r['high']
+        print(f"{r['of']} against {r['against']}: {span(total)}, {verdict(total, ('it falls', 'not resolved', 'it rises'))}; the paper: "
               + ('it falls, by 1.40' if r['of'] == 'entropy' else 'it rises, by 1.26'))
     figure.suptitle(m.name)
     write_results(cfg.ckpt, 'sharpening', figure, dict(settings=asdict(cfg), change=results))
@@ -435,26 +444,25 @@ def caching(argv):
 
     def fading(rows):                                                                # -> (2, L)
         return mean_cosine(rows, 1, 5) - mean_cosine(rows, T // 8, T)
-    edges = np.unique(np.round(np.geomspace(1, T, 16)).astype(int)).tolist()         # distances from edge to edge are one point of the curve
-    curve = bootstrap(lambda rows: np.stack([mean_cosine(rows, *ends) for ends in zip(edges, edges[1:])], axis=-1), n_rows)  # 3 x (2, L, points)
-    fade, more = bootstrap(fading, n_rows), bootstrap(lambda rows: fading(rows)[0, -1] - fading(rows)[1, -1], n_rows)
-    look = bootstrap(lambda rows: looked[rows].mean(axis=0), n_rows)                 # 3 x (L,)
-    over = bootstrap(lambda rows: (looked.mean(axis=1) - uniform)[rows].mean(), n_rows)
-    print(f'{m.name}: {n_rows} rows. Fading: cosine at a distance of up to 4, less that from {T // 8} on. Attention: share that text tokens give '
-          f'to meta-tokens, whose share among the tokens they see is {100 * uniform.mean():.1f}%\n')
+    edges = np.unique(np.round(np.geomspace(1, T, 16)).astype(int))                  # from edge to edge is one point of the curve
+    curve = bootstrap(lambda rows: np.stack([mean_cosine(rows, *ends) for ends in zip(edges, edges[1:])], axis=-1), n_rows)  # (3, 2, L, points)
+    fade, more = bootstrap(fading, n_rows), bootstrap(lambda rows: -np.diff(fading(rows)[:, -1]), n_rows)[:, 0]  # (3, 2, L), (3,)
+    look = bootstrap(lambda rows: looked[rows].mean(axis=0), n_rows)                 # (3, L)
+    over = bootstrap(lambda rows: (looked.mean(axis=1) - uniform)[rows].mean(), n_rows)  # (3,)
+    print(f'{m.name}: {n_rows} rows. Fading: cosine at a distance of up to 4, less that from {T // 8} on. Attention: share that text tokens '
+          f'give to meta-tokens, whose share among the tokens they see is {100 * uniform.mean():.1f}%\n')
     print(markdown(['layer', 'fading at meta-tokens', 'at text tokens (control)', 'attention to meta-tokens, %'],
-                   [[layer, *('{:+.3f} ({:+.3f} to {:+.3f})'.format(*(x[kind, layer] for x in fade)) for kind in (0, 1)),
-                     '{:.1f} ({:.1f}-{:.1f})'.format(*(100 * x[layer] for x in look))] for layer in range(L)]))
+                   [[layer, span(fade[:, 0, layer]), span(fade[:, 1, layer]), '{:.1f} ({:.1f}-{:.1f})'.format(*100 * look[:, layer])] for layer in range(L)]))
     unsure = 'as far as can be resolved'
-    print('after the last block, what a meta-token holds',
-          verdict(fade[1][0, -1], fade[2][0, -1], ('grows with distance', f'neither fades nor grows, {unsure}', 'fades with distance'))
-          + f"; against what a text token holds it fades {verdict(*more[1:], ('less', f'as much, {unsure}', 'more'))} "
-          + '({:+.3f}, {:+.3f} to {:+.3f})'.format(*more)
-          + f"; text tokens look at meta-tokens {verdict(*over[1:], ('less than', f'as much, {unsure}, as', 'more than'))} uniform attention would")
+    holds = verdict(fade[:, 0, -1], ('grows with distance', f'neither fades nor grows, {unsure}', 'fades with distance'))
+    compared = verdict(more, ('less', f'as much, {unsure}', 'more'))
+    looks = verdict(over, ('less than', f'as much, {unsure}, as', 'more than'))
+    print(f'after the last block, what a meta-token holds {holds}; against what a text token holds it fades {compared}, {span(more)}; '
+          f'text tokens look at meta-tokens {looks} uniform attention would')
 
     figure, (left, right) = subplots(1, 2, figsize=(13, 5), width_ratios=(1, 1.5))
     for kind, label, color, marker in (0, 'meta-tokens', 'C0', 'o'), (1, 'text tokens (control)', 'k', 's'):
-        mean, low, high = (x[kind, -1] for x in curve)
+        mean, low, high = curve[:, kind, -1]
         left.plot(edges[:-1], mean, color=color, marker=marker, ms=4, label=label)
         left.fill_between(edges[:-1], low, high, color=color, alpha=0.25)
     left.set(xscale='log', xlabel='distance back to a text token (positions)', ylabel='cosine similarity after the last block')
@@ -471,9 +479,8 @@ def caching(argv):
     figure.colorbar(image, ax=right, label='cosine similarity')
     figure.suptitle(m.name)
     write_results(cfg.ckpt, 'caching', figure, dict(
-        settings=asdict(cfg), distance=edges[:-1], attention_to_meta=look[0].tolist(), meta_share=float(uniform.mean()),
-        curves={kind: {part: x[k].tolist() for part, x in zip(('mean', 'low', 'high'), curve)} for k, kind in enumerate(('meta', 'text'))},
-        fading=dict(zip(('mean', 'low', 'high'), (x.tolist() for x in fade)))))
+        settings=asdict(cfg), distance=edges[:-1], curves=dict(meta=named(curve[:, 0]), text=named(curve[:, 1])), fading=named(fade),
+        attention_to_meta=named(look), meta_share=uniform.mean()))
 
 # ------------------------------------------------------------------------------
 # rate_distortion: what the hidden state of the last meta-token tells about the answer per nat kept of it (paper, section 5)
@@ -490,7 +497,7 @@ class RateDistortionConfig:
     device: str = 'auto'         # auto | cpu | cuda | mps
 
 
-CURVES = {'last meta-token': (None, 0), 'last text token': (None, 1), 'last meta-token, position zeroed': ('position', 0)}  # zero_meta, which place
+CURVES = {'last meta-token': (None, 0), 'last text token': (None, 1), 'last meta-token, position zeroed': ('position', 0)}  # zero_meta, place
 
 
 def bottleneck_examples(m, n, split, ckpt, device):
@@ -513,7 +520,7 @@ def bottleneck_examples(m, n, split, ckpt, device):
     width = max(len(prompt) for prompt, _ in rows)
     idx = torch.from_numpy(collate(rows, width, m.tok.eot_token)[0])                 # (n, width)
     place, end = torch.arange(width), torch.tensor([[len(prompt)] for prompt, _ in rows])
-    places = [(place * chosen).argmax(dim=1) for chosen in (idx == meta_id, (idx != meta_id) & (place < end))]  # of the last meta, the last text
+    places = [(place * of).argmax(dim=1) for of in (idx == meta_id, (idx != meta_id) & (place < end))]  # of the last meta, of the last text
     h = [[m.model.hidden(i.to(device), zero_meta)[torch.arange(len(i)), p] for i, p in zip(idx.split(64), places[which].split(64))]
          for zero_meta, which in CURVES.values()]
     return torch.stack([torch.cat(parts) for parts in h]), torch.tensor([y for _, (y,) in rows], device=device)
@@ -567,43 +574,46 @@ def lower_at_equal_rate(one, other, most):
 
 @torch.no_grad()
 def rate_distortion(argv):
-    """The rate-distortion curve of the last meta-token's hidden state against the last text token's: a frozen model, a variational information bottleneck."""
+    """
+    The rate-distortion curve of the last meta-token's hidden state against the last text token's, of a frozen model, by a variational
+    information bottleneck.
+    """
     cfg, _ = parse_config(RateDistortionConfig, argv=argv, doc=rate_distortion.__doc__)
     machine = Machine(TrainConfig(device=cfg.device, dtype='float32'))
     m = load_models(cfg.ckpt, machine)[0]
-    (h, y), (h_test, y_test) = (bottleneck_examples(m, n, split, cfg.ckpt, machine.device) for n, split in ((cfg.n_train, 'train'), (cfg.n_test, 'test')))
-    classes = y.unique()                                                             # a target that training never saw counts as the next class
+    h, y = bottleneck_examples(m, cfg.n_train, 'train', cfg.ckpt, machine.device)
+    h_test, y_test = bottleneck_examples(m, cfg.n_test, 'test', cfg.ckpt, machine.device)
+    classes = y.unique()                                                             # a target that training never saw counts as the next
     y, y_test = (torch.searchsorted(classes, x).clamp(max=len(classes) - 1) for x in (y, y_test))
     most = torch.distributions.Categorical(y_test.bincount().float()).entropy().item()  # nats: the entropy of the target
     betas = np.geomspace(1e-3, 1, cfg.n_betas).tolist()
     with torch.enable_grad():
-        curves = np.stack([fit_bottlenecks(*states, betas, cfg.n_seeds, cfg.z_dim, cfg.n_steps) for states in zip(h, [y] * 3, h_test, [y_test] * 3)])
-    by_seed, mean = curves.mean(axis=4), curves.mean(axis=(2, 4))                    # curves (3, 2, seeds, betas, n_test)
-    low, high = np.percentile(by_seed, (2.5, 97.5), axis=2)                          # (3, 2, betas)
-    rng, differences = np.random.default_rng(0), []
+        curves = np.stack([fit_bottlenecks(a, y, b, y_test, betas, cfg.n_seeds, cfg.z_dim, cfg.n_steps) for a, b in zip(h, h_test)])
+    mean = curves.mean(axis=(2, 4))                                                  # (3, 2, betas) of (3, 2, seeds, betas, n_test)
+    spread = np.abs(np.percentile(curves.mean(axis=4), (2.5, 97.5), axis=2) - mean)  # (2, 3, 2, betas), over the seeds
+    rng, differences = np.random.default_rng(0), []                                  # to the last text token's curve
     for _ in range(200):                                                             # both the seeds and the held-out examples drawn again
         drawn = curves[:, :, rng.integers(cfg.n_seeds, size=cfg.n_seeds)].mean(2)[..., rng.integers(cfg.n_test, size=cfg.n_test)].mean(-1)
-        differences.append([lower_at_equal_rate(drawn[c], drawn[1], most) for c in range(3)])
-    ends = np.percentile(differences, (2.5, 97.5), axis=0).T                         # (3, 2); nan, so not resolved, where a draw was
+        differences.append([lower_at_equal_rate(curve, drawn[1], most) for curve in drawn])
+    low, high = np.percentile(differences, (2.5, 97.5), axis=0)                      # (3,); nan, so not resolved, where a draw was
     print(f'{m.name}: {cfg.n_train} training and {cfg.n_test} held-out examples, {len(classes)} classes, {cfg.n_seeds} seeds')
     verdicts = {}
     for c, name in (0, 'last meta-token'), (2, 'last meta-token, position zeroed'):
-        difference = lower_at_equal_rate(mean[c], mean[1], most)
-        lower = verdict(*ends[c], ('yes', 'not resolved', 'no'))
-        verdicts[name] = dict(lower=lower) | {key: None if np.isnan(x) else float(x) for key, x in zip(('difference', 'low', 'high'), (difference, *ends[c]))}
-        print(f'{name} against last text token: lower at equal rate: {lower} ({difference:+.3f} nats, {ends[c][0]:+.3f} to {ends[c][1]:+.3f}; '
-              f'rates up to {most:.2f} nats, the entropy of the target)')
+        interval = lower_at_equal_rate(mean[c], mean[1], most), low[c], high[c]
+        lower = verdict(interval, ('yes', 'not resolved', 'no'))
+        verdicts[name] = dict(lower=lower, difference=named(None if np.isnan(x) else x for x in interval))
+        print(f'{name} against last text token: lower at equal rate: {lower}, {span(interval)} nats, at rates up to {most:.2f} nats, '
+              'the entropy of the target')
     if 'task' in m.trained and m.tok.name == 'bytes':
-        print('the answer is a space first, then what is asked for: neither of the two tokens is the one that predicts it, as it would be with words (gpt2)')
+        print('the answer is a space, then what is asked for: neither token is the one that predicts it, as it would be with words (gpt2)')
     figure, ax = subplots(figsize=(7, 5))
-    for c, (name, style) in enumerate(zip(CURVES, (dict(color='C0', marker='o'), dict(color='k', marker='s', ls='--'), dict(color='C1', marker='^', ls=':')))):
-        x_error, y_error = (np.abs([low[c, w] - mean[c, w], high[c, w] - mean[c, w]]) for w in (0, 1))
-        ax.errorbar(*mean[c], xerr=x_error, yerr=y_error, capsize=2, label=name, **style)
+    for c, (name, style) in enumerate(zip(CURVES, (dict(color='C0'), dict(color='k', ls='--'), dict(color='C1', ls=':')))):
+        ax.errorbar(*mean[c], xerr=spread[:, c, 0], yerr=spread[:, c, 1], capsize=2, marker='os^'[c], label=name, **style)
     ax.set(xlabel='rate (nats kept of the hidden state)', ylabel='distortion (nats of uncertainty about the target)', title=m.name)
     ax.grid(alpha=0.3)
     figure.legend(loc='outside upper center', ncols=3, fontsize=9)
     write_results(cfg.ckpt, 'rate_distortion', figure, dict(settings=asdict(cfg), beta=betas, verdicts=verdicts, curves={
-        name: {what: dict(mean=mean[c, w].tolist(), low=low[c, w].tolist(), high=high[c, w].tolist()) for w, what in enumerate(('rate', 'distortion'))}
+        name: dict(rate=mean[c, 0], distortion=mean[c, 1], rate_spread=spread[:, c, 0], distortion_spread=spread[:, c, 1])
         for c, name in enumerate(CURVES)}))
 
 # ------------------------------------------------------------------------------
@@ -643,15 +653,16 @@ def theory(argv):
     boost = F.pad(torch.tensor([1e-4], dtype=torch.float64), (0, cfg.n_keys - 1))
     fell = entropy(logits + boost) < entropy(logits - boost)
     condition = logits.softmax(-1)[:, 0].log() > -entropy(logits)
-    counter, boosted = torch.tensor([[0.0, 0.0, -3.0], [0.0, 0.0, -1.0]], dtype=torch.float64)
+    before, after = entropy(torch.tensor([[0.0, 0.0, -3.0], [0.0, 0.0, -1.0]])).tolist()
     print(f"""entropy: one logit of {cfg.n_rows:,} random rows of {cfg.n_keys} keys raised a little
   it fell in {fell.double().mean():.1%} of them; "it falls if and only if p > exp(-H)" is right in {(fell == condition).double().mean():.2%}
-  so the theorem without a condition is false: logits {counter.tolist()}, the last raised by 2: entropy {entropy(counter):.3f} -> {entropy(boosted):.3f} nats""")
+  so the theorem without a condition is false: logits 0, 0, -3, the last raised by 2: entropy {before:.3f} -> {after:.3f} nats""")
     meta_id, T = m.model.config.meta_id, min(32, m.model.config.block_size)
     inputs = torch.randint(meta_id - 1, (2, T), generator=generator)
     inputs[:, T // 2] = meta_id
     a, b = (meta_logit(m.model, idx, T - 1, T // 2, m.model.config.n_layer - 1) for idx in inputs)
-    print(f"""expressiveness: {m.name}, two inputs of {T} tokens, the meta-token at position {T // 2} in both; logits of the last position for it, by head of the last block
+    print(f"""expressiveness: {m.name}, two inputs of {T} tokens, both with the meta-token at position {T // 2};
+  with these logits the last position looks at it, by head of the last block:
   {'  '.join(f'{x:+.3f}' for x in a.tolist())}
   {'  '.join(f'{x:+.3f}' for x in b.tolist())}
   they differ by up to {(a - b).abs().max():.3f}; a fixed positional bias is one number for this pair of positions: it differs by 0""")
@@ -734,7 +745,7 @@ class SpeedConfig:
 def timed_model(name, cfg, machine):
     """A new model: plain, gather (meta-attention), dense (its reference), all_logits (gather with the loss unchunked), or nanoGPT's own."""
     torch.manual_seed(0)
-    shape = dict(block_size=cfg.block_size, vocab_size=cfg.vocab_size, n_layer=cfg.n_layer, n_head=cfg.n_head, n_embd=cfg.n_embd, dropout=0.0, bias=False)
+    shape = {key: getattr(cfg, key) for key in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd')} | dict(dropout=0.0, bias=False)
     if name == 'nanoGPT':
         spec = importlib.util.spec_from_file_location('nanogpt_model', Path(cfg.nanogpt) / 'model.py')
         module = importlib.util.module_from_spec(spec)
@@ -770,7 +781,7 @@ def make_step(name, cfg, machine):
 
 
 def peak_memory(name, cfg):
-    """(bytes that two steps take at their peak, of the GPU or, in a process of its own, of main memory; those beyond Python, weights, gradients and AdamW)"""
+    """Bytes of the GPU, or of this process, that two steps take at their peak: (all, those beyond Python, weights, gradients and AdamW)."""
     def peak():
         if machine.type == 'cuda':
             return torch.cuda.max_memory_allocated()
@@ -825,7 +836,8 @@ def speed_of_training(cfg, machine):
         with torch.profiler.profile() as profile:
             steps['gather']()
         cost = {op.key: op.self_device_time_total if machine.type == 'cuda' else op.self_cpu_time_total for op in profile.key_averages()}
-        print('where its time goes: ' + ', '.join(f'{op} {cost[op] / sum(cost.values()):.0%}' for op in sorted(cost, key=cost.get, reverse=True)[:8]))
+        largest = sorted(cost, key=cost.get, reverse=True)[:8]
+        print('where its time goes: ' + ', '.join(f'{op} {cost[op] / sum(cost.values()):.0%}' for op in largest))
 
 
 def speed_of_generation(cfg, machine):
@@ -865,8 +877,9 @@ def speed_of_generation(cfg, machine):
     read_rate = big.nbytes / np.median(times.pop('read'))
     first, each = ({key: np.median(t[:, k]) for key, t in times.items()} for k in (0, 1))
     print(markdown(['prompt', 'model', 'first token', 'each text token, median', 'spread', 'text tokens/s', 'times plain'], [
-        [length, name, f'{1000 * first[length, name]:.1f} ms', f'{1000 * each[length, name]:.1f} ms', f'{1000 * t[:, 1].min():.1f} - {1000 * t[:, 1].max():.1f}',
-         f'{1 / each[length, name]:.1f}', f"{each[length, name] / each[length, 'plain']:.3f}"] for (length, name), t in times.items()]))
+        [length, name, f'{1000 * first[length, name]:.1f} ms', f'{1000 * each[length, name]:.1f} ms',
+         f'{1000 * t[:, 1].min():.1f} - {1000 * t[:, 1].max():.1f}', f'{1 / each[length, name]:.1f}',
+         f"{each[length, name] / each[length, 'plain']:.3f}"] for (length, name), t in times.items()]))
     weights = sum(p.nbytes for name, p in models['plain'].named_parameters() if 'wpe' not in name)
     weights //= 1 if machine.dtype == 'float32' else 2                               # autocast keeps a 16-bit copy of each matrix
     bound = read_rate / weights
@@ -879,7 +892,7 @@ def speed_of_generation(cfg, machine):
     ax.set(xlabel='prompt (tokens)', ylabel='ms per text token', yscale='log', title=f'{machine.name}, {cfg.n_layer} layers, {cfg.n_embd} wide')
     ax.grid(alpha=0.3, which='both')
     ax.legend()
-    write_results('out/speed', 'speed', figure, [dict(prompt=length, model=name, times=t.tolist()) for (length, name), t in times.items()])
+    write_results('out/speed', 'speed', figure, [dict(prompt=length, model=name, times=t) for (length, name), t in times.items()])
 
 
 def speed(argv):
