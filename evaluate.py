@@ -66,6 +66,13 @@ def load_models(paths, machine, yarn_scale=1.0):
     return models
 
 
+def load_model(ckpt, machine):
+    m, *more = load_models(ckpt, machine)
+    if more:
+        raise UserError(f'--ckpt={ckpt}: one checkpoint at a time here')
+    return m
+
+
 def need_meta_tokens(m, ckpt):
     if not meta_count(m.model.config.block_size, m.trained['meta_rate']):
         raise UserError(f'{ckpt} was trained without meta-tokens: there is nothing to measure here; name one that was, with --ckpt=')
@@ -264,7 +271,7 @@ def perplexity(argv):
         T = cfg.block_size or m.model.config.block_size
         if m.model.config.pos == 'ape' and T > m.model.config.block_size:
             raise UserError(f'--block_size={T}: {m.name} has learned positions (APE), and they end at {m.model.config.block_size}')
-        for rate in sorted({0, m.trained['meta_rate']}):
+        for rate in sorted({0, m.trained['meta_rate'] if meta_count(T, m.trained['meta_rate']) else 0}):
             W = T - meta_count(T, rate)                                         # text tokens in a window
             stride = cfg.stride or max(min(T // 2, W), 1)
             if T < 2 or stride > W:
@@ -315,7 +322,7 @@ def open_inside(doc, argv):
     """(cfg, device, Loaded, idx (n_rows, T) of validation text with meta-tokens). Raises UserError."""
     cfg, _ = parse_config(InsideConfig, argv=argv, doc=doc)
     machine = Machine(TrainConfig(device=cfg.device, dtype='float32'))
-    m = load_models(cfg.ckpt, machine)[0]
+    m = load_model(cfg.ckpt, machine)
     need_meta_tokens(m, cfg.ckpt)
     name, config = cfg.dataset or m.trained['dataset'], m.model.config
     data = load_data(name)
@@ -580,7 +587,7 @@ def rate_distortion(argv):
     """
     cfg, _ = parse_config(RateDistortionConfig, argv=argv, doc=rate_distortion.__doc__)
     machine = Machine(TrainConfig(device=cfg.device, dtype='float32'))
-    m = load_models(cfg.ckpt, machine)[0]
+    m = load_model(cfg.ckpt, machine)
     h, y = bottleneck_examples(m, cfg.n_train, 'train', cfg.ckpt, machine.device)
     h_test, y_test = bottleneck_examples(m, cfg.n_test, 'test', cfg.ckpt, machine.device)
     classes = y.unique()                                                             # a target that training never saw counts as the next
@@ -645,7 +652,7 @@ class TheoryConfig:
 def theory(argv):
     """When does a boost of one logit lower the entropy of attention? And: can a meta-token's logit be a fixed positional bias?"""
     cfg, _ = parse_config(TheoryConfig, argv=argv, doc=theory.__doc__)
-    m = load_models(cfg.ckpt, Machine(TrainConfig(device='cpu')))[0]
+    m = load_model(cfg.ckpt, Machine(TrainConfig(device='cpu')))
     need_meta_tokens(m, cfg.ckpt)
     generator = torch.Generator().manual_seed(cfg.seed)
     sharpness = 3 * torch.rand(cfg.n_rows, 1, generator=generator, dtype=torch.float64)
@@ -686,15 +693,15 @@ class SampleConfig:
 
 
 def with_meta(ids, every, meta_id):
-    """ids with a meta-token after every `every` of them; 0: none."""
-    return [i for n, id in enumerate(ids, start=1) for i in ([id, meta_id] if every and n % every == 0 else [id])]
+    """ids with a meta-token after every `every` of them, counted back from the end, so that new text goes on in step; 0: none."""
+    return [i for left, id in zip(range(len(ids))[::-1], ids) for i in ([id, meta_id] if every and left % every == 0 else [id])]
 
 
 def sample(argv):
     """Text from a checkpoint, printed as it comes."""
     cfg, _ = parse_config(SampleConfig, argv=argv, doc=sample.__doc__)
     machine = Machine(cfg)
-    m = load_models(cfg.ckpt, machine)[0]
+    m = load_model(cfg.ckpt, machine)
     prompt, tok = cfg.prompt, m.tok
     try:
         if prompt == '-' or prompt.startswith('FILE:'):
@@ -707,7 +714,7 @@ def sample(argv):
     for n in range(cfg.num_samples):
         print('\n---\n' if n else '', printable(prompt), sep='', end='', flush=True)
         decoder = codecs.getincrementaldecoder('utf-8')('replace')                   # a token may end within a character
-        stream = m.model.stream(idx, cfg.max_new_tokens, cfg.temperature, cfg.top_k or None, cfg.top_p or None, every, generator,
+        stream = m.model.stream(idx, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, every, generator,
                                 stop_token=tok.eot_token)
         with machine.autocast:
             try:

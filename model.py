@@ -94,8 +94,10 @@ class Linear(nn.Linear):
     made for many, reads at half of the memory's speed or less. Here each thread multiplies a share of the matrix's own rows.
     """
     def forward(self, x):
-        n, few = torch.get_num_threads(), x.shape[:-1].numel() <= 8
-        if not few or self.out_features % n or x.device.type != 'cpu' or torch.is_grad_enabled() or torch.is_autocast_enabled('cpu'):
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != 'cpu' or torch.is_autocast_enabled('cpu'):
+            return super().forward(x)
+        n = torch.get_num_threads()
+        if x.shape[:-1].numel() > 8 or self.out_features % n:
             return super().forward(x)
         y = torch.bmm(self.weight.unflatten(0, (n, -1)), x.flatten(0, -2).T.expand(n, -1, -1))  # (n, out_features / n, rows)
         y = y.flatten(0, 1).T.contiguous().view(*x.shape[:-1], -1)
@@ -335,10 +337,9 @@ class GPT(nn.Module):
         x, targets, w = x.flatten(0, 1), targets.flatten(), self.lm_head.weight
         if x.device.type == 'cpu' and not torch.compiler.is_compiling():
             x, targets = x[targets >= 0], targets[targets >= 0]  # the others need no logits; on a GPU, choosing them would make it wait
-        if x.device.type == 'cpu' and hasattr(F, 'linear_cross_entropy') and self.loss_chunk and len(targets):
-            # not all B·T rows of logits at once: for 4096 rows of 50304 twice as fast, for 1024 no faster, and less memory in any case
-            options = nn.LinearCrossEntropyOptions(batch_chunk_size=self.loss_chunk)
-            return None, F.linear_cross_entropy(x, w, targets, ignore_index=-1, options=options)
+            if hasattr(F, 'linear_cross_entropy') and self.loss_chunk and len(targets):
+                # not all rows of logits at once: for 4096 rows of 50304 twice as fast, for 1024 no faster, and less memory in any case
+                return None, F.linear_cross_entropy(x, w, targets, options=nn.LinearCrossEntropyOptions(batch_chunk_size=self.loss_chunk))
         return None, F.cross_entropy(F.linear(x, w), targets, ignore_index=-1)
 
     def flops_per_token(self, T, M):
@@ -357,14 +358,19 @@ class GPT(nn.Module):
         return 3 * 2 * (weights + attended)
 
     @torch.no_grad()
-    def prefill(self, idx, lengths, size):
-        """Prompts idx (B, T), padded on the right, their lengths (B,) -> (logits (B, vocab_size) after each, cache for `size` tokens)."""
-        n_meta = (idx == self.config.meta_id).sum(dim=1)                            # (B,)
-        w, M, (B, T) = self.lm_head.weight, int(n_meta.max()), idx.shape
+    def prefill(self, idx, lengths, n_text, n_meta=0):
+        """
+        Prompts idx (B, T), padded on the right, and their lengths (B,) -> logits (B, vocab_size) after each, and the cache, of all tokens and of
+        meta-tokens, with room for n_text + n_meta more.
+        """
+        w, (B, T) = self.lm_head.weight, idx.shape
+        idx = idx.masked_fill(torch.arange(T, device=idx.device) >= lengths[:, None], 0)  # whatever the padding is, it is no meta-token
+        held = (idx == self.config.meta_id).sum(dim=1)                              # (B,)
+        M = int(held.max())
         dtype = torch.get_autocast_dtype(w.device.type) if torch.is_autocast_enabled(w.device.type) else w.dtype
-        cache = tuple(KVCache(self.config, B, n, w.device, dtype) for n in (size, M + size - T if self.config.meta_attn else 0))
+        cache = tuple(KVCache(self.config, B, size, w.device, dtype) for size in (T + n_text + n_meta, M + n_meta))
         x = self.hidden(idx, n_meta=M, cache=cache)                                 # (B, T, C)
-        cache[0].length, cache[1].length = lengths, n_meta
+        cache[0].length, cache[1].length = lengths, held
         return self.lm_head(x[torch.arange(B, device=idx.device), lengths - 1]), cache
 
     @torch.no_grad()
@@ -385,10 +391,10 @@ class GPT(nn.Module):
         if temperature < 1e-3:  # 0, or as good as that: dividing by it would overflow
             return logits.argmax(dim=-1)
         logits = logits / temperature
-        if top_k is not None:
+        if top_k:
             logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[1])).values[:, [-1]], -torch.inf)
         p = logits.softmax(dim=-1)
-        if top_p is not None:                                                       # the fewest likeliest ids that make up top_p
+        if top_p:                                                                   # the fewest likeliest ids that make up top_p
             ordered, ids = p.sort(dim=-1, descending=True)
             ordered = ordered.masked_fill(ordered.cumsum(dim=-1) - ordered >= top_p, 0.0)
             p = torch.zeros_like(p).scatter(1, ids, ordered)
@@ -401,11 +407,11 @@ class GPT(nn.Module):
         c, (B, T) = self.config, idx.shape
         if max_new_tokens < 1:
             return
-        size = T + max_new_tokens - 1 + ((max_new_tokens - 1) // meta_every if meta_every else 0)
-        if c.pos == 'ape' and size > c.block_size:
-            raise ValueError(f'prompt and new tokens need {size} positions, but learned positions (APE) end at block_size={c.block_size}')
+        n_text, n_meta = max_new_tokens - 1, (max_new_tokens - 1) // meta_every if meta_every else 0  # the last one is not read
+        if c.pos == 'ape' and T + n_text + n_meta > c.block_size:
+            raise ValueError(f'prompt and new tokens need {T + n_text + n_meta} positions, but learned positions (APE) end at block_size={c.block_size}')
         lengths = torch.full((B,), T, device=idx.device) if lengths is None else lengths
-        logits, cache = self.prefill(idx, lengths, size)
+        logits, cache = self.prefill(idx, lengths, n_text, n_meta)
         stopped = torch.zeros(B, dtype=torch.bool, device=idx.device)
         for n in range(1, max_new_tokens + 1):
             new = self.sample(logits, temperature, top_k, top_p, generator)         # (B,)

@@ -40,6 +40,7 @@ class UserError(ValueError):
 
 def run(main):
     """Calls a script's `main`; a UserError, a file that cannot be read or written, memory running out become one line on stderr and exit code 2."""
+    sys.stdout.reconfigure(errors='replace')  # a terminal that lacks a character shows a question mark
     try:
         main()
     except (UserError, OSError, RuntimeError, MemoryError) as error:
@@ -63,7 +64,7 @@ def true_or_false(text):
 
 
 Positive, Share = typing.NewType('Positive', int), typing.NewType('Share', float)
-RANGES = {int: (0, math.inf), Positive: (1, math.inf), float: (0, math.inf), Share: (0, 1)}  # of a setting of this type: from, up to but not
+RANGES = {int: (0, 2 ** 63), Positive: (1, 2 ** 63), float: (0, math.inf), Share: (0, 1)}  # of a setting of this type: from, less than
 
 
 def parse_config(cls, presets={}, argv=None, doc=''):

@@ -104,7 +104,7 @@ class Machine:
             name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         try:
             self.device = torch.device(name)
-            torch.empty(1, device=self.device)
+            torch.ones(1, device=self.device).item()
         except (RuntimeError, AssertionError) as error:
             raise UserError(f'--device={cfg.device} cannot be used here: {str(error).splitlines()[0]}')
         self.type = self.device.type
@@ -208,7 +208,7 @@ def open_run(cfg, given, inherited):
             if key in given and given[key] != checkpoint['config'][key]:
                 raise UserError(f"--{key}={given[key]}: the run in {out_dir} has {checkpoint['config'][key]}, and goes on with it")
         cfg = replace(cfg, **{key: value for key, value in checkpoint['config'].items() if resume or key in inherited} | given)
-    if (out_dir / 'ckpt.pt').exists() and not (resume or cfg.overwrite or getattr(cfg, 'eval_only', False)):
+    if ((out_dir / 'ckpt.pt').exists() or (out_dir / 'best.pt').exists()) and not (resume or cfg.overwrite or getattr(cfg, 'eval_only', False)):
         raise UserError(f'{out_dir} holds a run: go on with it (--init_from=resume --out_dir={out_dir}), write elsewhere (--out_dir=out/NAME), '
                         'or replace it (--overwrite=True)')
     return cfg, checkpoint, out_dir
@@ -352,7 +352,7 @@ def fit(cfg, machine, model, checkpoint, out_dir, get_batch, evaluate, n_meta, c
 
     if not checkpoint:
         write(validate())
-    skipped, saved = 0, True
+    skipped, saved, good = 0, True, True
     start_it, start_time, clock_tokens, clock = it, time.time(), tokens, time.time()
     ahead = ThreadPoolExecutor(1)  # makes the next batch while this one is computed on
     batch = ahead.submit(get_batch, it * per_step + machine.rank * per_rank)
@@ -424,8 +424,9 @@ def fit(cfg, machine, model, checkpoint, out_dir, get_batch, evaluate, n_meta, c
     ahead.shutdown(cancel_futures=True)
     for number, handler in before.items():
         signal.signal(number, handler)
-    if not saved:
-        raise UserError(f'the run is over, but {out_dir}/ckpt.pt could not be saved: make room, then --init_from=resume --out_dir={out_dir}')
+    if not (saved and good):
+        why = 'could not be saved: make room' if good else 'is older, as the last loss was not finite: lower --learning_rate'
+        raise UserError(f'the run is over, but {out_dir}/ckpt.pt {why}, then --init_from=resume --out_dir={out_dir}')
 
 # ------------------------------------------------------------------------------
 # Pre-training

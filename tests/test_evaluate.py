@@ -368,6 +368,7 @@ def test_models_without_meta_tokens_are_told_so(inside, refused, trained):
            '--out_dir=out/plain')
     for command in 'sharpening', 'caching', 'rate_distortion', 'theory':
         assert 'without meta-tokens' in refused('evaluate.py', command, '--ckpt=out/plain/best.pt')
+    assert 'one checkpoint at a time' in refused('evaluate.py', 'caching', '--ckpt=out/tiny/best.pt,out/plain/best.pt')
     assert '--n_test' in refused('evaluate.py', 'rate_distortion', '--ckpt=out/tiny/best.pt', '--n_train=20', '--n_test=5000')
     assert '--n_keys=0' in refused('evaluate.py', 'theory', '--n_keys=0')
     assert '--n_rows=9999' in refused('evaluate.py', 'caching', '--n_rows=9999', '--device=cpu')
@@ -421,7 +422,7 @@ def test_speed_of_generation(inside, tmp_path):
 # Samples
 
 def test_with_meta():
-    assert evaluate.with_meta([1, 2, 3, 4, 5], 2, 9) == [1, 2, 9, 3, 4, 9, 5] and evaluate.with_meta([1, 2], 0, 9) == [1, 2]
+    assert evaluate.with_meta([1, 2, 3, 4, 5], 2, 9) == [1, 9, 2, 3, 9, 4, 5, 9] and evaluate.with_meta([1, 2], 0, 9) == [1, 2]
 
 
 def test_sample(inside, refused, trained, tmp_path, monkeypatch):
@@ -442,6 +443,10 @@ def test_sample(inside, refused, trained, tmp_path, monkeypatch):
     assert 'block_size=64' in refused('evaluate.py', 'sample', '--ckpt=out/ape/best.pt', '--max_new_tokens=90', '--device=cpu')
 
 
+def test_a_terminal_without_the_characters(cli, trained):
+    assert cli('evaluate.py', 'sample', '--prompt=h\u00e9', '--max_new_tokens=3', '--device=cpu', PYTHONIOENCODING='ascii').stdout.startswith('h?')
+
+
 def test_characters_of_many_tokens_are_printed_whole(inside, trained, monkeypatch):
     """The model is made to say the bytes of these characters, a meta-token after every third."""
     said = 'h\u00e9 \u20ac \U0001f600!'
@@ -454,7 +459,7 @@ def test_characters_of_many_tokens_are_printed_whole(inside, trained, monkeypatc
         yield torch.tensor([[stop_token]])
     monkeypatch.setattr(GPT, 'stream', stream)
     assert inside('evaluate.py', 'sample', '--prompt=0123456789', '--device=cpu').out == f'0123456789{said}\ufffd\n'
-    assert seen == [([[*b'012345678', 257, *b'9']], 9)]
+    assert seen == [([[*b'0', 257, *b'123456789', 257]], 9)]
 
 
 def test_words(refused):

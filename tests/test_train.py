@@ -206,6 +206,14 @@ def test_non_finite_steps(inside, tmp_path):
     assert (tmp_path / 'out/a/ckpt.pt').read_bytes() == before
 
 
+def test_a_run_that_diverges_at_its_end_says_so(refused, tmp_path, monkeypatch):
+    import train
+    forward = train.GPT.forward
+    monkeypatch.setattr(train.GPT, 'forward', lambda self, *args, **kwargs: (None, forward(self, *args, **kwargs)[1] * (float('nan') if self.training else 1)))
+    assert 'the last loss was not finite' in refused('train.py', *SMALL, '--max_iters=2', '--out_dir=out/a')
+    assert not (tmp_path / 'out/a/ckpt.pt').exists()
+
+
 def test_one_non_finite_step_is_skipped(inside, tmp_path, monkeypatch):
     """The third loss is nan: that step changes nothing, and the run goes on."""
     import train
@@ -262,6 +270,8 @@ def test_refuses_to_overwrite(inside, refused, tmp_path):
     line = refused('train.py', *SMALL, '--max_iters=2', '--out_dir=out/a')
     assert all(way in line for way in ('--init_from=resume', '--out_dir=', '--overwrite=True'))
     assert (tmp_path / 'out/a/ckpt.pt').read_bytes() == before
+    (tmp_path / 'out/a/ckpt.pt').rename(tmp_path / 'kept.pt')               # best.pt alone is a run, too
+    assert 'holds a run' in refused('train.py', *SMALL, '--max_iters=2', '--out_dir=out/a')
     inside('train.py', *SMALL, '--max_iters=3', '--out_dir=out/a', '--overwrite=True')
     assert checkpoint(tmp_path / 'out/a')['iter_num'] == 3
 
@@ -272,7 +282,7 @@ def test_refuses_to_overwrite(inside, refused, tmp_path):
     (['--lerning_rate=1'], 'did you mean --learning_rate'), (['--pos=alibi'], 'rope'), (['--preset=huge'], 'paper'),
     (['--batch_size=0'], '--batch_size=0 must be 1 or more'), (['--seed=-1'], '--seed=-1 must be 0 or more'), (['--learning_rate=nan'], '--learning_rate=nan'),
     (['--grad_clip=inf'], 'less than inf'), (['--dropout=1'], '--dropout=1.0 must be 0 or more, and less than 1'), (['--meta_rate=0.999'], '--meta_rate'),
-    (['--meta_rate=0'], '--meta_attn=False'), (['--meta_rate=1.5'], '--meta_rate'), (['--yarn_scale=4'], '--init_from'), (['--device=tpu'], '--device'),
+    (['--meta_rate=0'], '--meta_attn=False'), (['--meta_rate=1.5'], '--meta_rate'), (['--yarn_scale=4'], '--init_from'), (['--device=tpu'], '--device'), (['--device=meta'], '--device'),
     (['--max_iters'], 'max_iters'), (['5'], "'5'"), (['--init_from=data/toy/train.bin'], 'train.bin'),
 ])
 def test_clear_errors(refused, tmp_path, args, said):
