@@ -422,7 +422,7 @@ def test_speed_of_generation(inside, tmp_path):
 # Samples
 
 def test_with_meta():
-    assert evaluate.with_meta([1, 2, 3, 4, 5], 2, 9) == [1, 9, 2, 3, 9, 4, 5, 9] and evaluate.with_meta([1, 2], 0, 9) == [1, 2]
+    assert evaluate.with_meta([1, 2, 3, 4], 2, 9) == [1, 2, 9, 3, 4, 9] and evaluate.with_meta([1, 2, 3, 4, 5], 3, 9) == [1, 2, 9, 3, 4, 5, 9] and evaluate.with_meta([1, 2], 0, 9) == [1, 2]
 
 
 def test_sample(inside, refused, trained, tmp_path, monkeypatch):
