@@ -96,11 +96,11 @@ class Linear(nn.Linear):
     def forward(self, x):
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != 'cpu' or torch.is_autocast_enabled('cpu'):
             return super().forward(x)
-        n = torch.get_num_threads()
-        if x.shape[:-1].numel() > 8 or self.out_features % n:
+        n, C, out = torch.get_num_threads(), self.in_features, self.out_features
+        if x.numel() > 8 * C or out % n:
             return super().forward(x)
-        y = torch.bmm(self.weight.unflatten(0, (n, -1)), x.flatten(0, -2).T.expand(n, -1, -1))  # (n, out_features / n, rows)
-        y = y.flatten(0, 1).T.contiguous().view(*x.shape[:-1], -1)
+        y = torch.bmm(self.weight.view(n, -1, C), x.reshape(-1, C).t().expand(n, -1, -1))  # (n, out / n, rows)
+        y = y.view(out, -1).t().contiguous().view(*x.shape[:-1], out)
         return y if self.bias is None else y + self.bias
 
 
@@ -232,7 +232,9 @@ class KVCache:
     slots; behind them stands the padding of a shorter prompt, masked, and written over by the row's next tokens.
     """
     def __init__(self, config, B, size, device, dtype):
-        self.kv = torch.zeros(config.n_layer, 2, B, config.n_head, size, config.n_embd // config.n_head, device=device, dtype=dtype)
+        shape = B, config.n_head, size, config.n_embd // config.n_head
+        self.kv = [[torch.zeros(shape, device=device, dtype=dtype) for _ in 'kv'] for _ in range(config.n_layer)]
+        self.rows = torch.arange(B, device=device)[:, None]
         self.length = torch.zeros(B, dtype=torch.long, device=device)
         self.end = 0                                        # the largest length, known without asking a GPU
 
@@ -246,10 +248,9 @@ class KVCache:
 
     def remember(self, layer):
         def put(k, v):                                      # both (B, H, n, D)
-            rows = torch.arange(len(k), device=k.device)[:, None]
             for kept, new in zip(self.kv[layer], (k, v)):
-                kept[rows, :, self.place] = new.transpose(1, 2).to(kept.dtype)
-            return *self.kv[layer][:, :, :, :self.end], self.mask  # k, v (B, H, end, D)
+                kept[self.rows, :, self.place] = new.transpose(1, 2).to(kept.dtype)
+            return *(kept[:, :, :self.end] for kept in self.kv[layer]), self.mask  # k, v (B, H, end, D)
         return put
 
 # ------------------------------------------------------------------------------
@@ -357,7 +358,7 @@ class GPT(nn.Module):
             attended += c.n_layer * 2 * c.n_embd * M * M / T
         return 3 * 2 * (weights + attended)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def prefill(self, idx, lengths, n_text, n_meta=0):
         """
         Prompts idx (B, T), padded on the right, and their lengths (B,) -> logits (B, vocab_size) after each, and the cache, of all tokens and of
@@ -373,7 +374,7 @@ class GPT(nn.Module):
         cache[0].length, cache[1].length = lengths, held
         return self.lm_head(x[torch.arange(B, device=idx.device), lengths - 1]), cache
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def decode_one_token(self, tokens, cache):
         """
         The next token of each row, tokens (B, 1), or (B, 2) if a meta-token comes right after -> logits (B, vocab_size) after them. A step

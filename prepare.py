@@ -40,7 +40,8 @@ class UserError(ValueError):
 
 def run(main):
     """Calls a script's `main`; a UserError, a file that cannot be read or written, memory running out become one line on stderr and exit code 2."""
-    sys.stdout.reconfigure(errors='replace')  # a terminal that lacks a character shows a question mark
+    if hasattr(sys.stdout, 'reconfigure'):
+        sys.stdout.reconfigure(errors='replace')  # a terminal that lacks a character shows a question mark
     try:
         main()
     except (UserError, OSError, RuntimeError, MemoryError) as error:
