@@ -358,7 +358,7 @@ class GPT(nn.Module):
             attended += c.n_layer * 2 * c.n_embd * M * M / T
         return 3 * 2 * (weights + attended)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def prefill(self, idx, lengths, n_text, n_meta=0):
         """
         Prompts idx (B, T), padded on the right, and their lengths (B,) -> logits (B, vocab_size) after each, and the cache, of all tokens and of
@@ -374,7 +374,7 @@ class GPT(nn.Module):
         cache[0].length, cache[1].length = lengths, held
         return self.lm_head(x[torch.arange(B, device=idx.device), lengths - 1]), cache
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def decode_one_token(self, tokens, cache):
         """
         The next token of each row, tokens (B, 1), or (B, 2) if a meta-token comes right after -> logits (B, vocab_size) after them. A step
