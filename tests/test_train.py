@@ -300,10 +300,11 @@ def test_checkpoint_and_command_line_must_fit(inside, refused, tmp_path):
     assert 'adamw' in refused('train.py', '--init_from=resume', '--out_dir=out/a', '--optimizer=muon')
     (tmp_path / 'a_file').touch()
     assert 'a_file' in refused('train.py', *SMALL, '--out_dir=a_file/x')
-    about = json.dumps({'tokenizer': 'gpt2'})
-    (tmp_path / 'data/toy/data.json').write_text(about)
-    assert 'vocabulary' in refused(*new)
     c = tmp_path / 'out/a/ckpt.pt'
+    other = checkpoint(tmp_path / 'out/a')
+    other['model_args'].update(vocab_size=50304, meta_id=50257)             # one of words, and data of bytes
+    torch.save(other, tmp_path / 'words.pt')
+    assert 'vocabulary' in refused('train.py', '--init_from=words.pt', '--out_dir=out/b')
     c.write_bytes(c.read_bytes()[:5000])
     assert 'damaged' in refused(*new)
 
