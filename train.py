@@ -197,17 +197,21 @@ def open_run(cfg, given, inherited):
     Settles the run's settings: returns (cfg, checkpoint or None, out_dir). A resumed run brings all its settings along, a new one from a
     checkpoint those `inherited`; the command line overrides them.
 
-    Raises UserError where a fresh run would write into a folder that holds one.
+    Raises UserError where a fresh run would write into a folder that holds one, or a resumed one would not be the same run.
     """
     checkpoint, out_dir, resume = None, Path(cfg.out_dir or f'out/{cfg.preset}'), cfg.init_from == 'resume'
     if cfg.init_from != 'scratch':
         checkpoint = load_checkpoint(out_dir / 'ckpt.pt' if resume else cfg.init_from)
-        if resume and checkpoint['config'].keys() != asdict(cfg).keys():
+        old = checkpoint['config']
+        if resume and old.keys() != asdict(cfg).keys():
             raise UserError(f'{out_dir} holds a run of another script (or version): see its config.json')
         for key in ('optimizer', 'seed', 'task', 'train_length') if resume else ():
-            if key in given and given[key] != checkpoint['config'][key]:
-                raise UserError(f"--{key}={given[key]}: the run in {out_dir} has {checkpoint['config'][key]}, and goes on with it")
-        cfg = replace(cfg, **{key: value for key, value in checkpoint['config'].items() if resume or key in inherited} | given)
+            if key in given and given[key] != old[key]:
+                raise UserError(f'--{key}={given[key]}: the run in {out_dir} has {old[key]}, and goes on with it')
+        cfg = replace(cfg, **{key: value for key, value in old.items() if resume or key in inherited} | given)
+        rows = old['batch_size'] * old['gradient_accumulation_steps']  # of a step; with the iteration they say where in the data the run is
+        if resume and cfg.batch_size * cfg.gradient_accumulation_steps != rows:
+            raise UserError(f'a step of the run in {out_dir} has {rows} rows: --batch_size times --gradient_accumulation_steps must stay that')
     if ((out_dir / 'ckpt.pt').exists() or (out_dir / 'best.pt').exists()) and not (resume or cfg.overwrite or getattr(cfg, 'eval_only', False)):
         raise UserError(f'{out_dir} holds a run: go on with it (--init_from=resume --out_dir={out_dir}), write elsewhere (--out_dir=out/NAME), '
                         'or replace it (--overwrite=True)')

@@ -298,6 +298,8 @@ def test_checkpoint_and_command_line_must_fit(inside, refused, tmp_path):
     assert 'learned positions' in refused('train.py', '--init_from=out/ape/ckpt.pt', '--out_dir=out/b', '--block_size=64')
     assert 'new run' in refused('train.py', '--init_from=resume', '--out_dir=out/a', '--block_size=64')
     assert 'adamw' in refused('train.py', '--init_from=resume', '--out_dir=out/a', '--optimizer=muon')
+    assert 'has 8 rows' in refused('train.py', '--init_from=resume', '--out_dir=out/a', '--batch_size=8')
+    inside('train.py', '--init_from=resume', '--out_dir=out/a', '--batch_size=8', '--gradient_accumulation_steps=1', '--max_iters=3')
     (tmp_path / 'a_file').touch()
     assert 'a_file' in refused('train.py', *SMALL, '--out_dir=a_file/x')
     c = tmp_path / 'out/a/ckpt.pt'
