@@ -282,13 +282,14 @@ def perplexity(argv):
         losses_of = partial(window_losses, m.model, T=T, stride=stride, meta_rate=rate, batch_size=cfg.batch_size, machine=machine,
                             placement=m.trained['meta_placement'])
         nats = n_scored = n_windows = 0
+        bytes_of = token_bytes(m.tok)
         sums, counts = np.zeros(T), np.zeros(T)                                 # by position
         with tqdm(total=sum(len(tokens) - 1 for tokens in documents), unit=' tokens', unit_scale=True, desc=m.name, leave=False) as bar:
             for losses, scored in (batch for tokens in documents for batch in losses_of(tokens=tokens)):
                 nats, n_scored, n_windows = nats + float(losses[scored].sum()), n_scored + int(scored.sum()), n_windows + len(losses)
                 sums, counts = sums + np.nansum(losses, axis=0), counts + (~np.isnan(losses)).sum(axis=0)
                 bar.update(int(scored.sum()))
-        n_bytes = sum(int(token_bytes(m.tok)[tokens[1:]].sum()) for tokens in documents)
+        n_bytes = sum(int(bytes_of[tokens[1:]].sum()) for tokens in documents)
         buckets = [b for b in np.array_split(np.arange(T), cfg.n_buckets) if counts[b].any()]
         results.append(dict(model=m.name, meta_rate=rate, block_size=T, stride=stride, windows=n_windows, scored_tokens=n_scored,
                             perplexity=math.exp(nats / n_scored), nats=nats / n_scored, bits_per_byte=nats / math.log(2) / n_bytes,
@@ -597,7 +598,7 @@ def rate_distortion(argv):
     with torch.enable_grad():
         curves = np.stack([fit_bottlenecks(a, y, b, y_test, betas, cfg.n_seeds, cfg.z_dim, cfg.n_steps) for a, b in zip(h, h_test)])
     mean = curves.mean(axis=(2, 4))                                                  # (3, 2, betas) of (3, 2, seeds, betas, n_test)
-    spread = np.abs(np.percentile(curves.mean(axis=4), (2.5, 97.5), axis=2) - mean)  # (2, 3, 2, betas), over the seeds
+    ends = np.percentile(curves.mean(axis=4), (2.5, 97.5), axis=2)                   # (2, 3, 2, betas), over the seeds
     rng, differences = np.random.default_rng(0), []                                  # to the last text token's curve
     for _ in range(200):                                                             # both the seeds and the held-out examples drawn again
         drawn = curves[:, :, rng.integers(cfg.n_seeds, size=cfg.n_seeds)].mean(2)[..., rng.integers(cfg.n_test, size=cfg.n_test)].mean(-1)
@@ -615,13 +616,13 @@ def rate_distortion(argv):
         print('the answer is a space, then what is asked for: neither token is the one that predicts it, as it would be with words (gpt2)')
     figure, ax = subplots(figsize=(7, 5))
     for c, (name, style) in enumerate(zip(CURVES, (dict(color='C0'), dict(color='k', ls='--'), dict(color='C1', ls=':')))):
-        ax.errorbar(*mean[c], xerr=spread[:, c, 0], yerr=spread[:, c, 1], capsize=2, marker='os^'[c], label=name, **style)
+        x_error, y_error = np.abs(ends[:, c] - mean[c]).swapaxes(0, 1)               # (2, betas) each
+        ax.errorbar(*mean[c], xerr=x_error, yerr=y_error, capsize=2, marker='os^'[c], label=name, **style)
     ax.set(xlabel='rate (nats kept of the hidden state)', ylabel='distortion (nats of uncertainty about the target)', title=m.name)
     ax.grid(alpha=0.3)
     figure.legend(loc='outside upper center', ncols=3, fontsize=9)
     write_results(cfg.ckpt, 'rate_distortion', figure, dict(settings=asdict(cfg), beta=betas, verdicts=verdicts, curves={
-        name: dict(rate=mean[c, 0], distortion=mean[c, 1], rate_spread=spread[:, c, 0], distortion_spread=spread[:, c, 1])
-        for c, name in enumerate(CURVES)}))
+        name: {what: named((mean[c, w], *ends[:, c, w])) for w, what in enumerate(('rate', 'distortion'))} for c, name in enumerate(CURVES)}))
 
 # ------------------------------------------------------------------------------
 # theory: the paper's two theorems, as things to run
