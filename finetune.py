@@ -1,360 +1,427 @@
 """
-Teach a pre-trained model one of the paper's four recall tasks, in which meta-tokens mark the place that matters.
+Teach a model one of the paper's four recall tasks, in which meta-tokens mark what matters.
 
-    python finetune.py                                                # list recall, from the model that `python train.py` left
+    python finetune.py                                                # list recall, from out/tiny
     python finetune.py --task=copying --init_from=out/plain/best.pt   # another task, another model
-    python finetune.py --task=all --train_length=128                  # all four tasks in every batch, longer prompts
-    python finetune.py --preset=paper                                 # the paper's setting, from out/paper/best.pt
-    python finetune.py --init_from=resume --out_dir=out/tiny-list_recall   # go on, exactly, after whatever stopped it
+    python finetune.py --task=all --train_length=128                  # all tasks, longer prompts
+    python finetune.py --init_from=resume --out_dir=out/tiny-list_recall   # go on after any stop
 
-The tasks, in the tokens of --tokenizer=gpt2; · is the meta-token:
+The tasks, with words (--tokenizer=gpt2) for items; · is the meta-token:
 
-    list_recall       A: fig car plum⏎B: oil net pea·⏎C: rice corn bean⏎Item 2 of B?·   ->  net⏎   (the first · ends the list asked about)
-    segment_counting  A: fig· car fig⏎B: fig net· fig⏎Count fig?                        ->  2⏎     (items between the two ·)
-    parity            0 1 1· 0 1⏎Parity?                                                ->  0⏎     (XOR of the bits before the ·)
-    copying           fig car·[net pea fig]· plum⏎Copy?                                 ->  net pea fig⏎
+    list_recall       A: fig car plum⏎B: oil net pea·⏎C: rice bean⏎·Item 2 of B?  ->  net
+    segment_counting  A: fig· car fig⏎B: fig net· fig⏎Count fig?                  ->  2
+    parity            0 1 1· 0 1⏎Parity?                                          ->  0
+    copying           fig car·[net pea fig]· plum⏎Copy?                           ->  net pea fig
 
-Writes out_dir/ as train.py does. Measure the result with `python evaluate.py tasks`.
+Writes out_dir/ as train.py does. `python evaluate.py tasks` measures the result.
 """
+import math
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import product
 from pathlib import Path
 from string import ascii_lowercase, ascii_uppercase
-from typing import Literal
+from typing import Callable, Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from prepare import META, Positive, Share, UserError, get_tokenizer, meta_token, parse_config
-from train import COLUMNS, MODEL_KEYS, Machine, fit, launch, make_model, open_run, plot_log, tokenizer_of
-
-
-@dataclass
-class FinetuneConfig:
-    preset: str = 'tiny'         # a named set of defaults, which the other settings override
-    # what is learned
-    task: Literal['list_recall', 'segment_counting', 'parity', 'copying', 'all'] = 'list_recall'  # all: every batch holds all four
-    train_length: Positive = 64  # the longest prompts, in tokens
-    curriculum: bool = True      # five phases of growing prompts; False: prompts of train_length from the first step on
-    phase_iters: Positive = 150  # steps of each of the first four phases; the fifth lasts until the end
-    n_examples: Positive = 90_000  # different training examples of each length (paper: 90k); a longer run sees them again
-    # where from, where to
-    init_from: str = 'out/tiny/best.pt'  # a checkpoint's path | resume (the run in out_dir) | scratch
-    out_dir: str = ''            # the run's folder; empty: the checkpoint's folder with the task behind it, out/tiny-list_recall say
-    overwrite: bool = False      # allow a fresh run in a folder that holds one
-    seed: int = 1337             # decides the examples, and with --init_from=scratch the weights
-    # how long
-    max_iters: Positive = 1000   # optimizer steps
-    eval_interval: Positive = 100  # grade and save every so many steps
-    eval_examples: Positive = 200  # held-out prompts of train_length to grade on, always the same
-    log_interval: Positive = 25  # a progress line every so many steps
-    # what a step sees
-    batch_size: Positive = 64    # examples of a micro-batch, on one device
-    gradient_accumulation_steps: Positive = 1  # micro-batches in a step, over all devices
-    # the model, for --init_from=scratch; a checkpoint brings its own
-    tokenizer: Literal['bytes', 'gpt2'] = 'bytes'  # bytes: items are letters; gpt2: words
-    block_size: Positive = 256   # T
-    n_layer: Positive = 3        # blocks
-    n_head: Positive = 4         # heads in each attention
-    n_embd: Positive = 128       # channels
-    bias: bool = False           # in linear layers and layer norms
-    pos: Literal['rope', 'ape', 'none'] = 'rope'  # positions: rotary, learned (GPT-2's), or none
-    meta_attn: bool = True       # the second attention, among meta-tokens
-    yarn_scale: float = 1.0      # with a RoPE checkpoint: stretch its context so many times
-    dropout: Share = 0.0         # in training only
-    # of the pre-training, which evaluate.py asks for; a checkpoint brings its own
-    dataset: str = 'stdlib'      # data/DATASET
-    meta_rate: Share = 0.0       # the share of meta-tokens in it
-    meta_placement: Literal['random', 'periodic'] = 'random'  # where they stood
-    # the optimizer
-    optimizer: Literal['adamw', 'muon'] = 'adamw'  # muon: for the matrices of the blocks, adamw for the rest
-    learning_rate: float = 2e-3  # at its peak
-    min_lr: float = 2e-4         # at the end
-    decay_lr: bool = True        # cosine from peak to end; False stays at the peak
-    warmup_iters: int = 50       # steps of linear rise to the peak
-    lr_decay_iters: int = 0      # steps until the end of the cosine; 0: max_iters
-    weight_decay: float = 0.1    # on matrices only
-    beta1: Share = 0.9           # AdamW's
-    beta2: Share = 0.95          # AdamW's
-    grad_clip: float = 1.0       # clip the gradient's norm there; 0: never
-    # the machine
-    device: str = 'auto'         # auto | cpu | cuda | cuda:1 | mps
-    dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of matrix products; weights are float32 always
-    compile: Literal['auto', 'True', 'False'] = 'auto'  # torch.compile; auto: on CUDA only
-
-
-PRESETS = {
-    'tiny': {},  # the defaults above
-    'paper': dict(init_from='out/paper/best.pt', train_length=512, batch_size=16, gradient_accumulation_steps=4, max_iters=1400, phase_iters=280,
-                  learning_rate=1e-4, min_lr=1e-5),  # 90k examples, once; the paper does not give its rate
-}
+from prepare import (META, Positive, Share, UserError, get_tokenizer, meta_token, most_meta,
+                     parse_config)
+from train import (MODEL_KEYS, Machine, Run, TrainConfig, launch, make_model, open_run,
+                   run_whole)
 
 # ------------------------------------------------------------------------------
-# The tasks. Each function gets the longest prompt allowed, in tokens, and returns prompt and answer as text, · standing for the meta-token.
+# The tasks. Each makes a prompt and its answer, as text. A prompt has `size` parts, items or bits.
+# `length`, the most tokens that it may have, says how large lists and spans become.
 
-WORDS = """apple arrow ball band bank bar base bat bean bear bed bee bell belt bench bird blade block boat bone book boot bow bowl box brain bread bridge
-brush bus button cake camera camp cap car card cat chain chair circle clock cloud coal coat coin cone corn cow cup doctor dog door dragon dream dress dust
-ear egg eye face farm fig fire fish flag floor flower foot fork fox frog fruit gate ghost glass gold grass gun hair hall hammer hand hat heart hill horn
-horse house ice ink iron jar key king knife lake leaf leg letter lock mask meat moon mouse mud neck net nut oil orange oven owl pan paper pen pin pipe plate
-pocket pot rain rat rice ring river road rock room root rose ruby sand sea seat seed shadow ship shirt shop silver skin sky song star stick stone storm
-street sun sword table tail tin toe tower train tree tube wall watch water wave web wheel wind window wine wing wire wolf wood worm yard""".split()
+def list_recall(size, length, rng, items):
+    """The first mark ends the list that is asked about, the second begins the question."""
+    names, lists = draw_lists(size, length, rng, items)
+    asked, j = rng.integers(len(names)), rng.integers(len(lists[0]))
+    answer = lists[asked][j]
+    lists[asked][-1] += '·'
+    return f'{as_lines(names, lists)}·Item {j + 1} of {names[asked]}?', answer
 
 
-@lru_cache
-def list_names(n_letters):
-    """A ... Z, then AA ... ZZ, and so on, up to n_letters letters."""
-    return [''.join(letters) for n in range(1, n_letters + 1) for letters in product(ascii_uppercase, repeat=n)]
+def segment_counting(size, length, rng, items):
+    """How often is the item between the marks? All answers up to the largest are as likely."""
+    asked = items[rng.integers(len(items))]
+    others = [item for item in items if item != asked]
+    names, lists = draw_lists(size, length, rng, others)
+    k, flat = len(lists[0]), sum(lists, [])
+    most = min(round(length ** (1 / 3)), len(flat) - 1)
+    count = rng.integers(most + 1)
+    width = rng.integers(max(count, 1), len(flat))              # of the segment
+    start = rng.integers(1, len(flat) - width + 1)
+    inside = np.arange(start, start + width)
+    outside = np.delete(np.arange(len(flat)), inside)
+    elsewhere = rng.permutation(outside)[:rng.integers(most + 1)]
+    for i in [*rng.permutation(inside)[:count], *elsewhere]:
+        flat[i] = asked
+    flat[start - 1] += '·'
+    flat[start + width - 1] += '·'
+    return f'{as_lines(names, split(flat, k))}Count {asked}?', count
+
+
+def parity(size, length, rng, items):
+    """The XOR of the bits before the mark."""
+    bits, stop = rng.integers(2, size=size), rng.integers(1, size + 1)
+    words = [str(bit) for bit in bits]
+    words[stop - 1] += '·'
+    return f"{' '.join(words)}\nParity?", bits[:stop].sum() % 2
+
+
+def copying(size, length, rng, items):
+    """The span in brackets, which are marked. It has up to the square root of length items."""
+    words = draw(max(size, 2), rng, items)
+    n = rng.integers(1, min(round(length ** 0.5), len(words) - 1) + 1)
+    start = rng.integers(1, len(words) - n + 1)
+    span = ' '.join(words[start:start + n])
+    after = ''.join(f' {word}' for word in words[start + n:])
+    return f"{' '.join(words[:start])}·[{span}]·{after}\nCopy?", span
+
+
+def draw_lists(size, length, rng, items):
+    """
+    Named lists of k items, size items in all: names, lists. k is at most the cube root of length,
+    4 at 64 and 8 at 512, unless there are more items than 26 such lists hold.
+    """
+    k = rng.integers(2, max(round(length ** (1 / 3)), 2) + 1)
+    k = max(k, math.ceil(size / 26))
+    n_lists = max(size // k, 1)
+    names = [ascii_uppercase[i] for i in rng.permutation(26)[:n_lists]]
+    return names, split(draw(n_lists * k, rng, items), k)
+
+
+def draw(n, rng, items):
+    return [items[i] for i in rng.integers(len(items), size=n)]
+
+
+def split(words, k):
+    return [words[i:i + k] for i in range(0, len(words), k)]
+
+
+def as_lines(names, lists):
+    return ''.join(f"{name}: {' '.join(words)}\n" for name, words in zip(names, lists))
+
+
+class Task(NamedTuple):
+    make: Callable            # (size, length, rng, items) -> prompt, answer
+    shortest: int             # tokens of its shortest prompts, if items are letters
+    longest_answer: Callable  # length -> the most tokens of its answer, if items are letters
+    needs_marks: bool         # whether it cannot be answered without them
+
+
+TASKS = {
+    'list_recall': Task(list_recall, 21, lambda length: 3, needs_marks=False),
+    'segment_counting': Task(segment_counting, 17, lambda length: 4, needs_marks=True),
+    'parity': Task(parity, 10, lambda length: 3, needs_marks=True),
+    'copying': Task(copying, 12, lambda length: 2 * round(length ** 0.5) + 1, needs_marks=False),
+}
+WORDS = """
+apple arrow ball band bank bar base bat bean bear bed bee bell belt bench bird blade block boat bone
+book boot bow bowl box brain bread bridge brush bus button cake camera camp cap car card cat chain
+chair circle clock cloud coal coat coin cone corn cow cup doctor dog door dragon dream dress dust
+ear egg eye face farm fig fire fish flag floor flower foot fork fox frog fruit gate ghost glass gold
+grass gun hair hall hammer hand hat heart hill horn horse house ice ink iron jar key king knife lake
+leaf leg letter lock mask meat moon mouse mud neck net nut oil orange oven owl pan paper pen pin
+pipe plate pocket pot rain rat rice ring river road rock room root rose ruby sand sea seat seed
+shadow ship shirt shop silver skin sky song star stick stone storm street sun sword table tail tin
+toe tower train tree tube wall watch water wave web wheel wind window wine wing wire wolf wood worm
+yard
+""".split()
+
+
+def make_example(task, length, rng, tok, markers='task'):
+    """
+    Draws an example with rng, a numpy Generator: (prompt_ids, answer_ids), two lists.
+
+    The prompt has 0.75 * length to length tokens. The answer begins with a space and ends with a
+    newline. markers is --markers; they never stand in the answer.
+    """
+    items = list(ascii_lowercase) if tok.name == 'bytes' else WORDS
+    while True:
+        wanted, size = rng.integers(math.ceil(0.75 * length), length + 1), length
+        while True:  # with fewer and fewer parts, until it fits
+            text, answer = TASKS[task].make(size, length, rng, items)
+            prompt = to_ids(text, tok)
+            if len(prompt) <= wanted or size == 1:
+                break
+            size = max(min(size - 1, size * wanted // len(prompt)), 1)
+        if 0.75 * length <= len(prompt) <= length:
+            return place_marks(prompt, markers, rng, tok), tok.encode_ordinary(f' {answer}\n')
 
 
 def to_ids(text, tok):
     """Text in which · stands for the meta-token -> ids."""
-    first, *parts = text.split('·')
-    return sum(([meta_token(tok), *tok.encode_ordinary(part)] for part in parts), tok.encode_ordinary(first))
+    ids = []
+    for part in text.split('·'):
+        ids += [meta_token(tok), *tok.encode_ordinary(part)]
+    return ids[1:]
 
 
-@lru_cache(50_000)
-def n_tokens(text, tok):
-    return len(to_ids(text, tok))
+def place_marks(prompt, markers, rng, tok):
+    """prompt with its meta-tokens where --markers says."""
+    meta = meta_token(tok)
+    text = [i for i in prompt if i != meta]
+    n_marks = len(prompt) - len(text)
+    if markers == 'none':
+        return text
+    if markers == 'end':  # the last one moves behind the question
+        last = len(prompt) - 1 - prompt[::-1].index(meta)
+        return prompt[:last] + prompt[last + 1:] + [meta]
+    if markers == 'random':  # anywhere but at the end
+        for place in sorted(rng.choice(len(prompt) - 1, n_marks, replace=False)):
+            text.insert(place, meta)
+        return text
+    return prompt
 
 
-def draw_length(length, part, rng):
-    """A prompt length from 0.75·length to length, one that stays in there when it is rounded down to whole parts of `part` tokens."""
-    return int(rng.integers(min(-(-3 * length // 4) + part - 1, length), length + 1))
-
-
-def draw_lists(length, question, rng, tok, items, fewest):
+def examples(task, length, split, seed, tok, markers='task'):
     """
-    N named lists of k items for a prompt that ends with `question`: names (N), items (N, k). Both grow with the length: k is at most its
-    cube root (4 at 64, 8 at 512), N what fills it. Names come from the whole alphabet in any order, so that a list is found by its name alone.
+    Endlessly, examples of one split: a prompt is in 'test' if a hash of its tokens is 0 mod 10, so
+    that the two splits share none. A test has no prompt twice.
+
+    Raises UserError where the length is too short for the task, or for so many prompts.
     """
-    item, fixed = n_tokens(' ' + items[0], tok), n_tokens(question, tok)
-    k = int(rng.integers(2, max(round(length ** (1 / 3)), 2) + 1))
-    k = max(min(k, (length - fixed - 3) // item), fewest)
-    pool = next(pool for pool in map(list_names, (1, 2, 3)) if (length - fixed) // (3 + item * k) <= len(pool))
-    spare = len(pool[-1]) - 1 + (k > 9)  # the question may name a longer name, a longer number
-    names, room = [], draw_length(length, 3 + item * k + spare, rng) - fixed - spare
-    for i in rng.choice(len(pool), min(max(room // (3 + item * k), 1), len(pool)), replace=False):
-        room -= n_tokens(f'{pool[i]}:\n', tok) + item * k
-        if room >= 0 or not names:
-            names.append(pool[i])
-    return names, rng.choice(items, (len(names), k))
+    if length < TASKS[task].shortest:
+        raise UserError(f'{task} has no prompts of {length} tokens: take a length of '
+                        f'{TASKS[task].shortest} or more')
+    rng, seen, misses = np.random.default_rng(seed), set(), 0
+    while misses < 1000:
+        prompt, answer = make_example(task, length, rng, tok, markers)
+        key = np.array(prompt, '<u2').tobytes()
+        misses += 1
+        if (zlib.crc32(key) % 10 == 0) == (split == 'test') and key not in seen:
+            misses = 0
+            if split == 'test':
+                seen.add(key)
+            yield prompt, answer
+    raise UserError(f'{task} has too few different prompts of {length} tokens: take a greater '
+                    f'length, or fewer examples ({len(seen)} were found)')
+
+# ------------------------------------------------------------------------------
+# Settings
+
+@dataclass
+class FinetuneConfig(TrainConfig):
+    """train.py's settings. Here stand those that differ, and those that only fine-tuning has."""
+    init_from: str = 'out/tiny/best.pt'  # a checkpoint | resume (the run in out_dir) | scratch
+    out_dir: str = ''            # the run's folder; empty: the checkpoint's, and the task behind it
+    max_iters: Positive = 1000   # optimizer steps
+    eval_interval: Positive = 100  # grade and save every so many steps
+    log_interval: Positive = 25  # a progress line every so many steps
+    batch_size: Positive = 64    # examples of a micro-batch, on one device
+    meta_rate: Share = 0.0       # of the pre-training, which a checkpoint brings along
+    learning_rate: float = 2e-3  # at its peak
+    # what is learned
+    task: Literal[(*TASKS, 'all')] = 'list_recall'  # all: every batch holds all of them
+    markers: Literal['task', 'random', 'none', 'end'] = 'task'  # end: the last, behind the question
+    train_length: Positive = 64  # the longest prompts, in tokens
+    curriculum: bool = True      # five phases of growing prompts; False: train_length at once
+    phase_iters: Positive = 150  # steps of each of the first four phases; the fifth is the rest
+    n_examples: Positive = 90_000  # different training examples of each length
+    eval_examples: Positive = 200  # held-out prompts of train_length to grade on, always the same
+    tokenizer: Literal['bytes', 'gpt2'] = 'bytes'  # bytes: items are letters; gpt2: words
 
 
-def list_recall(length, rng, tok, items):
-    names, lists = draw_lists(length, '·Item 1 of A?·', rng, tok, items, fewest=1)
-    asked, j = rng.integers(len(names)), rng.integers(lists.shape[1])
-    lines = ''.join(f"{name}: {' '.join(words)}{'·' if i == asked else ''}\n" for i, (name, words) in enumerate(zip(names, lists)))
-    return f'{lines}Item {j + 1} of {names[asked]}?·', f' {lists[asked, j]}\n'
+PRESETS = {
+    'tiny': {},  # the defaults above
+    'paper': dict(init_from='out/paper/best.pt', train_length=512, batch_size=16, max_iters=1400,
+                  gradient_accumulation_steps=4, phase_iters=280, learning_rate=1e-4, min_lr=1e-5),
+}  # paper: 90k examples, once; the paper does not give its rate
 
-
-def segment_counting(length, rng, tok, items):
-    asked = items[rng.integers(len(items))]
-    names, lists = draw_lists(length, f'··Count {asked}?', rng, tok, [item for item in items if item != asked], fewest=2)
-    flat, most = lists.reshape(-1), max(round(length ** (1 / 3)), 1)
-    count = rng.integers(min(most, len(flat) - 1) + 1)                       # each answer is as likely
-    size = rng.integers(max(count, 1), len(flat))
-    start = rng.integers(1, len(flat) - size + 1)                            # the segment is flat[start:start + size]
-    outside = np.delete(np.arange(len(flat)), np.s_[start:start + size])
-    flat[start + rng.permutation(size)[:count]] = asked
-    flat[rng.permutation(outside)[:rng.integers(min(most, len(outside)) + 1)]] = asked
-    marked = np.array([f' {item}' for item in flat], object)
-    marked[[start - 1, start + size - 1]] += '·'
-    lines = ''.join(f"{name}:{''.join(words)}\n" for name, words in zip(names, marked.reshape(lists.shape)))
-    return f'{lines}Count {asked}?', f' {count}\n'
-
-
-def parity(length, rng, tok, items):
-    bit = n_tokens(' 1', tok)
-    bits = rng.integers(2, size=max((draw_length(length, bit, rng) - n_tokens('·\nParity?', tok) - 1) // bit + 1, 1))
-    stop = rng.integers(1, len(bits) + 1)
-    text = [' '.join(map(str, part)) for part in (bits[:stop], bits[stop:])]
-    return f"{text[0]}·{' ' * bool(text[1])}{text[1]}\nParity?", f' {bits[:stop].sum() % 2}\n'
-
-
-def copying(length, rng, tok, items):
-    item = n_tokens(' ' + items[0], tok)
-    n = max((draw_length(length, item, rng) - n_tokens(f'{items[0]}·[{items[0]}]·\nCopy?', tok)) // item + 2, 2)
-    words = rng.choice(items, n).tolist()
-    size = rng.integers(1, min(round(length ** 0.5), n - 1) + 1)             # the span grows with the length: up to its root
-    start = rng.integers(1, n - size + 1)
-    span, rest = ' '.join(words[start:start + size]), ''.join(f' {word}' for word in words[start + size:])
-    return f"{' '.join(words[:start])}·[{span}]·{rest}\nCopy?", f' {span}\n'
-
-
-TASKS = {  # and their shortest prompts, in tokens
-    'list_recall': (list_recall, 19), 'segment_counting': (segment_counting, 17), 'parity': (parity, 10), 'copying': (copying, 12)}
-
-
-def make_example(task, length, rng, tok):
-    """
-    Draws one example with rng, a numpy Generator: (prompt_ids, answer_ids), two lists. The prompt has 0.75·length to length tokens; where length
-    is less than the task's shortest prompt (19 tokens at most), that. Its meta-tokens stand where the task says; the answer holds none.
-    """
-    items = list(ascii_lowercase) if tok.name == 'bytes' else WORDS
-    prompt, answer = TASKS[task][0](length, rng, tok, items)
-    return to_ids(prompt, tok), tok.encode_ordinary(answer)
-
+# ------------------------------------------------------------------------------
+# Batches, grading, and what is learned
 
 def phase_lengths(task, train_length):
-    """The five prompt lengths of the curriculum: equal ratios from the task's shortest prompt (which is before the first) to train_length."""
-    shortest = TASKS[task][1]
+    """The five prompt lengths of the curriculum, in equal ratios from the shortest prompts."""
+    shortest = TASKS[task].shortest
     return [round(shortest ** (1 - p / 5) * train_length ** (p / 5)) for p in range(1, 6)]
 
 
 def width_for(lengths):
-    """Positions that prompts of {task: length} tokens need with all of their answers but the last token."""
-    return max(length + (2 * round(length ** 0.5) if task == 'copying' else 3) for task, length in lengths.items())
-
-
-def examples(task, length, split, seed, tok):
-    """
-    Endlessly, examples of one split. A prompt is in 'test' if a hash of its tokens says so, in one of ten cases; so the two never share one. No
-    prompt comes twice in a test. Raises UserError where the length is less than the task's shortest prompt, or too short for so many prompts.
-    """
-    if length < TASKS[task][1]:
-        raise UserError(f'{task} has no prompts of {length} tokens: take a length of {TASKS[task][1]} or more')
-    rng, seen, misses = np.random.default_rng(seed), set(), 0
-    while misses < 1000:
-        prompt, answer = make_example(task, length, rng, tok)
-        key = np.array(prompt, '<u2').tobytes()
-        misses += 1
-        if (zlib.crc32(key) % 10 == 0) == (split == 'test') and key not in seen:
-            if split == 'test':
-                seen.add(key)
-            misses = 0
-            yield prompt, answer
-    raise UserError(f'{task} has too few different prompts of {length} tokens: take a greater length, or fewer examples ({len(seen)} were found)')
+    """Positions that prompts of {task: length} tokens need, with their answers but for the end."""
+    return max(length + TASKS[task].longest_answer(length) - 1 for task, length in lengths.items())
 
 
 def collate(rows, width, pad):
     """
-    [(prompt, answer)] -> idx, targets, both (B, width) int64. Only answers are targets. Padding stands behind them, where the causal mask hides
-    it from every token that counts, and is no target.
+    [(prompt, answer)] -> idx, targets, both (B, width) int64. Only answers are targets. The padding
+    stands behind them, where the causal mask hides it from all that counts.
     """
     idx, targets = np.full((len(rows), width), pad), np.full((len(rows), width), -1)
     for b, (prompt, answer) in enumerate(rows):
-        idx[b, :len(prompt) + len(answer) - 1] = (prompt + answer)[:-1]
-        targets[b, len(prompt) - 1:len(prompt) + len(answer) - 1] = answer
+        row = prompt + answer
+        idx[b, :len(row) - 1] = row[:-1]
+        targets[b, len(prompt) - 1:len(row) - 1] = answer
     return idx, targets
-
-
-class TrainExamples:
-    """
-    Micro-batches of training examples. A step holds prompts of one of the lengths that its phase of the curriculum has reached, so there
-    are five shapes of a batch in a whole run. All is a function of (seed, step): any process can make any micro-batch.
-    """
-    def __init__(self, cfg, tok):
-        self.cfg, self.tok, self.tasks = cfg, tok, list(TASKS) if cfg.task == 'all' else [cfg.task]
-
-    def phase(self, step):
-        return 5 if not self.cfg.curriculum else min(step // self.cfg.phase_iters + 1, 5)
-
-    def batch(self, micro):
-        cfg, step = self.cfg, micro // self.cfg.gradient_accumulation_steps
-        level = int(np.random.default_rng([cfg.seed, step]).integers(self.phase(step))) if cfg.curriculum else 4
-        lengths = {task: phase_lengths(task, cfg.train_length)[level] for task in self.tasks}
-        rows = []
-        for n in range(micro * cfg.batch_size, (micro + 1) * cfg.batch_size):
-            task = self.tasks[n % len(self.tasks)]
-            rows.append(next(examples(task, lengths[task], 'train', [cfg.seed, level, n % cfg.n_examples], self.tok)))
-        return collate(rows, width_for(lengths), self.tok.eot_token)
 
 
 def grade(model, rows, width, tok, machine, zero_meta=None):
     """
-    Asks the model [(prompt, answer)], padded to `width`. Returns three arrays (len(rows),): right, whether every token of the answer is the argmax,
-    given what stands before it (so whether greedy decoding would produce it); hits, how many are; nats, the sum of their losses.
+    Asks the model [(prompt, answer)], padded to width. Returns four arrays (len(rows),): right,
+    whether every token of the answer is the argmax, given the tokens before it; asked, how many
+    tokens are not just white space; hits, how many of these are the argmax; nats, all losses' sum.
     """
-    results, training = [], model.training
-    size = max(1, (4096 if machine.type == 'cpu' else 65536) // width)                   # more would leave a CPU's cache, fewer idle a GPU
+    results, training, meta = [], model.training, meta_token(tok)
+    white = torch.tensor(tok.encode_ordinary(' \n'), device=machine.device)
+    size = max(4096 // width, 1)                                          # rows at a time
     model.eval()
     for n in range(0, len(rows), size):
-        idx, targets = machine.to_device(*collate(rows[n:n + size], width, tok.eot_token))
-        row, column = (targets >= 0).nonzero(as_tuple=True)                              # of the answers' tokens
+        idx, targets = collate(rows[n:n + size], width, tok.eot_token)
+        n_meta = most_meta(idx, meta)
+        idx, targets = machine.to_device(idx, targets)
         with torch.no_grad(), machine.autocast:
-            x = model.hidden(idx, zero_meta, n_meta=2)[row, column]
-            logits = model.lm_head(x)[:, :meta_token(tok)].float()                       # (answers' tokens, text tokens of the vocabulary)
-        hit = (logits.argmax(-1) == targets[row, column]).float()
-        loss = F.cross_entropy(logits, targets[row, column], reduction='none')
-        results.append(torch.zeros(3, len(idx), device=idx.device).index_add(1, row, torch.stack((torch.ones_like(hit), hit, loss))).cpu())
+            logits = model.lm_head(model.hidden(idx, zero_meta, n_meta))  # (B, width, vocab_size)
+        logits = logits[..., :meta].float()
+        hit = logits.argmax(dim=-1) == targets                            # (B, width)
+        right = (hit | (targets < 0)).all(dim=1)
+        asked = (targets >= 0) & ~torch.isin(targets, white)
+        nats = F.cross_entropy(logits.mT, targets, ignore_index=-1, reduction='none')
+        hits = (hit & asked).sum(dim=1)
+        results.append(torch.stack((right.float(), hits, asked.sum(dim=1), nats.sum(dim=1))).cpu())
     model.train(training)
-    n_tokens, hits, nats = torch.cat(results, dim=1).numpy()
-    return hits == n_tokens, hits, nats
+    right, hits, asked, nats = torch.cat(results, dim=1).numpy()          # (len(rows),) each
+    return right == 1, hits, asked, nats
 
 
-def sample_answers(model, rows, tok):
-    """Prompts, and what the model makes of them."""
-    text = ''
-    model.eval()
-    for prompt, answer in rows:
-        ids = model.generate(torch.tensor([prompt], device=model.lm_head.weight.device), len(answer), top_k=1)[0, len(prompt):].tolist()
-        shown, wanted = (tok.decode(x, errors='replace').strip() for x in (ids, answer))
-        text += f"{tok.decode(prompt).replace(META, '·')} {shown}   ({'right' if ids == answer else f'wrong, it is {wanted}'})\n\n"
-    return text
+def markers_of(settings):
+    """--markers of a fine-tuned checkpoint. The first version knew one place, 'end' today."""
+    first = 'end' if settings['task'] == 'list_recall' else 'task'
+    return settings.get('markers', first)
+
+
+class Recall:
+    """
+    A recall task, or all of them, for `train.fit`. A step holds prompts of one of the lengths that
+    the curriculum has reached. All is a function of (seed, step), as in pre-training.
+    """
+    columns = 'exact_match',
+
+    def __init__(self, cfg, machine, tok):
+        self.cfg, self.machine, self.tok = cfg, machine, tok
+        self.data, self.last = None, {}
+        self.phase_starts = [n * cfg.phase_iters for n in range(1, 5)] if cfg.curriculum else []
+        self.tasks = list(TASKS) if cfg.task == 'all' else [cfg.task]
+        lengths = dict.fromkeys(self.tasks, cfg.train_length)
+        self.width = width_for(lengths)
+        share = math.ceil(max(cfg.eval_examples, machine.world) / len(self.tasks))
+        self.held_out = []
+        for i, task in enumerate(self.tasks):
+            stream = examples(task, cfg.train_length, 'test', [0, i], tok, cfg.markers)
+            self.held_out += [next(stream) for _ in range(share)]
+
+    def phase(self, it):
+        return min(it // self.cfg.phase_iters + 1, 5) if self.cfg.curriculum else 5
+
+    def batch(self, i):
+        """Micro-batch i of the run, whoever asks: idx, targets (batch_size, width) int64."""
+        cfg, step, level = self.cfg, i // self.cfg.gradient_accumulation_steps, 4
+        if cfg.curriculum:
+            level = int(np.random.default_rng([cfg.seed, step]).integers(self.phase(step)))
+        lengths = {task: phase_lengths(task, cfg.train_length)[level] for task in self.tasks}
+        rows = []
+        for n in range(i * cfg.batch_size, (i + 1) * cfg.batch_size):
+            task, seed = self.tasks[n % len(self.tasks)], [cfg.seed, level, n % cfg.n_examples]
+            rows.append(next(examples(task, lengths[task], 'train', seed, self.tok, cfg.markers)))
+        return collate(rows, width_for(lengths), self.tok.eot_token)
+
+    def evaluate(self, model):
+        """The loss in nats per answer token, and exact match, on held-out prompts."""
+        machine = self.machine
+        mine = self.held_out[machine.rank::machine.world]
+        right, _, _, nats = grade(model, mine, self.width, self.tok, machine)
+        n_tokens = sum(len(answer) for _, answer in mine)
+        right, nats, n, n_tokens = machine.sum(right.sum(), nats.sum(), len(mine), n_tokens)
+        self.last = dict(val_loss=nats / n_tokens, exact_match=right / n)
+        return self.last
+
+    def in_words(self, row):
+        """What evaluate found, for the progress line."""
+        return (f"validation loss {row['val_loss']:.4f} nats per answer token, "
+                f"exact match {row['exact_match']:.1%}, at {self.cfg.train_length} tokens")
+
+    def status(self, it):
+        """What stands first on the progress line."""
+        phase = f'phase {self.phase(it)}/5  ' if self.cfg.curriculum else ''
+        return phase + (f"exact match {self.last['exact_match']:.1%}  " if self.last else '')
+
+    def describe(self):
+        """The run's task, in the lines it begins with."""
+        cfg, (prompt, answer) = self.cfg, self.held_out[0]
+        example = self.tok.decode(prompt + answer).replace(META, '·')
+        last, note = self.phase(cfg.max_iters - 1), ''
+        if last < 5:
+            note = (f'note    the run ends in phase {last} of 5 of its curriculum: '
+                    f'--phase_iters={max(cfg.max_iters // 5, 1)} reaches the last\n')
+        return (f'{note}task    {cfg.task}: prompts of up to {cfg.train_length} tokens '
+                f'({self.tok.name}), for example\n{example}')
+
+    def sample(self, model):
+        """Some held-out prompts, and what the model answers."""
+        text, device = '', model.lm_head.weight.device
+        model.eval()
+        for prompt, answer in self.held_out[::-(-len(self.held_out) // 4)]:
+            idx = torch.tensor([prompt], device=device)
+            new = model.generate(idx, len(answer), temperature=0, meta_every=0)[0, len(prompt):]
+            said, wanted = self.tok.decode(new.tolist(), errors='replace'), self.tok.decode(answer)
+            verdict = 'right' if said == wanted else f'wrong, it is {wanted.strip()}'
+            question = self.tok.decode(prompt).replace(META, '·')
+            text += f'{question} {said.strip()}   ({verdict})\n\n'
+        return text
+
+    def next_steps(self, out_dir):
+        return f'        measure it by length: python evaluate.py tasks --ckpt={out_dir}/best.pt'
 
 
 def main():
     cfg, given = parse_config(FinetuneConfig, PRESETS, doc=__doc__)
     if cfg.init_from == FinetuneConfig.init_from and not Path(cfg.init_from).exists():
-        raise UserError(f'there is no {cfg.init_from} yet: make it with  python train.py  (3 minutes), or name a checkpoint with --init_from=, '
-                        'or start from nothing with --init_from=scratch')
+        raise UserError(f'there is no {cfg.init_from} yet: make it with  python train.py  (2 '
+                        'minutes), name a checkpoint, or say --init_from=scratch')
     if not cfg.out_dir:
-        origin = {'resume': 'tiny', 'scratch': 'scratch'}.get(cfg.init_from, Path(cfg.init_from).resolve().parent.name)
-        cfg.out_dir = f'out/{origin}-{cfg.task}'
-    cfg, checkpoint, out_dir = open_run(cfg, given, inherited=MODEL_KEYS + ('dataset', 'meta_rate', 'meta_placement'))
-    machine = Machine(cfg)
-    tok = tokenizer_of(checkpoint) if checkpoint else get_tokenizer(cfg.tokenizer)
-    if given.get('tokenizer', tok.name) != tok.name:
-        raise UserError(f'--tokenizer={cfg.tokenizer}: the checkpoint has {tok.name}, and that stays')
-    cfg.tokenizer = tok.name
-    train = TrainExamples(cfg, tok)
-    lengths = dict.fromkeys(train.tasks, cfg.train_length)
-    width = width_for(lengths)
-    if width > cfg.block_size:
-        can_stretch = checkpoint and cfg.pos == 'rope' and cfg.yarn_scale == 1
-        stretch = f'stretch it, --block_size={width} --yarn_scale={width / cfg.block_size:.3g}; ' if can_stretch else ''
-        raise UserError(f'--train_length={cfg.train_length} needs {width} positions with the answer, and the model has {cfg.block_size}: shorten it; '
-                        f'{stretch}or take a model with a longer --block_size, by train.py or --init_from=scratch')
-    held_out = [next(stream) for stream in [examples(task, cfg.train_length, 'test', [0, i], tok) for i, task in enumerate(train.tasks)]
-                for _ in range(-(-max(cfg.eval_examples, machine.world) // len(train.tasks)))]
-
+        origin = Path(cfg.init_from).resolve().parent.name
+        origin = {'resume': 'tiny', 'scratch': 'scratch'}.get(cfg.init_from, origin)
+        cfg = replace(cfg, out_dir=f'out/{origin}-{cfg.task}')
+    pre_training = 'dataset', 'meta_rate', 'meta_placement'
+    cfg, checkpoint, out_dir = open_run(cfg, given, MODEL_KEYS + pre_training,
+                                        PRESETS[cfg.preset])
+    if cfg.init_from == 'resume':
+        cfg = replace(cfg, markers=markers_of(checkpoint['config']))
+    machine = Machine(cfg.device, cfg.dtype, many=True)
+    if checkpoint and given.get('tokenizer', checkpoint['tokenizer']) != checkpoint['tokenizer']:
+        raise UserError(f'--tokenizer={cfg.tokenizer}: the checkpoint has '
+                        f"{checkpoint['tokenizer']}, and that stays")
+    cfg = replace(cfg, tokenizer=checkpoint['tokenizer'] if checkpoint else cfg.tokenizer)
+    tok = get_tokenizer(cfg.tokenizer)
+    check_markers(cfg)
+    task = Recall(cfg, machine, tok)
+    check_width(cfg, task.width, checkpoint)
     torch.manual_seed(cfg.seed)
     model = make_model(cfg, checkpoint, tok).to(machine.device)
-    n_params = sum(p.numel() for p in model.parameters())
-    machine.say(f"""device  {machine.name}{f' x {machine.world} processes' if machine.world > 1 else ''}, {machine.dtype}
-model   {cfg.init_from if checkpoint else 'new'}: {n_params / 1e6:.2f}M parameters, positions {cfg.pos}, meta-attention {'yes' if cfg.meta_attn else 'no'}
-task    {cfg.task}: prompts of up to {cfg.train_length} tokens ({tok.name}), for example
-{tok.decode(sum(held_out[0], [])).replace(META, '·')}
-run     {out_dir}: {cfg.max_iters:,} steps of {cfg.gradient_accumulation_steps * cfg.batch_size} examples""")
+    run_whole(Run(cfg, machine, model, task, out_dir, checkpoint))
 
-    last = {}
 
-    def status(it):
-        return (f'phase {train.phase(it)}/5  ' if cfg.curriculum else '') + (f"exact match {last['exact_match']:.1%}  " if last else '')
+def check_markers(cfg):
+    tasks = TASKS if cfg.task == 'all' else [cfg.task]
+    for task in tasks:
+        can = cfg.markers == 'task' or not TASKS[task].needs_marks
+        if not can or cfg.markers == 'end' and task != 'list_recall':
+            raise UserError(f'--markers={cfg.markers}: {task} cannot be asked like that')
 
-    def evaluate(_):
-        mine = held_out[machine.rank::machine.world]
-        right, _, nats = grade(model, mine, width, tok, machine)
-        right, nats, n, targets = machine.sum(float(right.sum()), float(nats.sum()), len(mine), sum(len(answer) for _, answer in mine))
-        last.update(val_loss=nats / targets, exact_match=right / n)
-        return dict(last)
 
-    fit(cfg, machine, model, checkpoint if cfg.init_from == 'resume' else None, out_dir, train.batch, evaluate, n_meta=2,
-        columns=COLUMNS + ('exact_match',), status=status)
-    if machine.rank == 0:
-        plot_log(out_dir)
-        text = sample_answers(model, held_out[::-(-len(held_out) // 4)], tok)
-        (out_dir / 'sample.txt').write_text(text, encoding='utf-8')
-        machine.say(f"""
-{text}
-written to {out_dir}/: config.json  log.csv  loss.png  sample.txt  ckpt.pt  best.pt
-next    look at {out_dir}/loss.png
-        measure it by length: python evaluate.py tasks --ckpt={out_dir}/best.pt
-        train longer: python finetune.py --init_from=resume --out_dir={out_dir} --max_iters={2 * cfg.max_iters}""")
-    machine.barrier()
+def check_width(cfg, width, checkpoint):
+    if width > cfg.block_size:
+        stretch = ''
+        if checkpoint and cfg.pos == 'rope' and cfg.yarn_scale == 1:
+            scale = width / cfg.block_size
+            stretch = f'stretch it (--block_size={width} --yarn_scale={scale:.3g}), '
+        raise UserError(f'--train_length={cfg.train_length} needs {width} positions with the '
+                        f'answer, and the model has {cfg.block_size}: shorten it, {stretch}or '
+                        'train a model with a longer --block_size')
 
 
 if __name__ == '__main__':

@@ -1,55 +1,57 @@
 """
 Pre-train GPT-2 with meta-tokens and meta-attention.
 
-    python train.py                                             # a tiny model on Python's own source text: 3 minutes on a laptop
-    python train.py --dataset=c4 --n_layer=6 --out_dir=out/c4   # another model, on what prepare.py wrote to data/c4
+    python train.py                                             # tiny, on Python's own source text
+    python train.py --dataset=c4 --n_layer=6 --out_dir=out/c4   # on what prepare.py wrote
     torchrun --standalone --nproc_per_node=4 train.py --preset=paper   # the paper's 152M on 4 GPUs
-    python train.py --init_from=resume --out_dir=out/paper      # go on, exactly, after whatever stopped it
-    python train.py --init_from=out/tiny/ckpt.pt --block_size=1024 --yarn_scale=4 --out_dir=out/long --max_iters=100   # a longer context
+    python train.py --init_from=resume --out_dir=out/paper      # go on, exactly, after any stop
+    python train.py --init_from=out/tiny/ckpt.pt --block_size=1024 --yarn_scale=4 --out_dir=out/long
 
-Writes out_dir/: config.json log.csv loss.png sample.txt ckpt.pt (the latest) best.pt (the lowest validation loss).
-Everything random is a function of (seed, iteration): data order, meta positions, dropout. So a resumed run is the run, bit for bit.
+Writes out_dir/: config.json log.csv loss.png sample.txt ckpt.pt (the latest) best.pt (the lowest
+validation loss). Everything random is a function of (seed, iteration): the data order, the meta
+positions, dropout. So a resumed run is the uninterrupted one, bit for bit.
 """
-import csv, json, math, os, signal, time
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+import csv, json, math, os, shutil, signal, sys, time, zipfile, zlib
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional  # now, as it is: loaded after the process group, it would hold on to that beyond its end
+import torch.distributed.nn.functional  # imported after init_process_group it would keep the group
 from torch.nn.parallel import DistributedDataParallel
 
 from model import GPT, GPTConfig
-from prepare import (Blocks, Positive, PrepareConfig, Share, UserError, get_tokenizer, load_data, meta_count, meta_every, meta_token, padded_vocab_size,
-                     parse_config, prepare, run, token_bytes)
+from prepare import (END_OF_TEXT, META, Blocks, Positive, PrepareConfig, Share, UserError,
+                     get_tokenizer, load_data, meta_count, meta_every, meta_token, most_meta,
+                     padded_vocab_size, parse_config, prepare, run_script, said, token_bytes)
 
 
 @dataclass
 class TrainConfig:
     preset: str = 'tiny'         # a named set of defaults, which the other settings override
     # where from, where to
-    dataset: str = 'stdlib'      # trains on data/DATASET; 'stdlib' is made when it is missing, others by prepare.py
+    dataset: str = 'stdlib'      # trains on data/DATASET; 'stdlib' is made when it is missing
     out_dir: str = ''            # the run's folder; empty: out/PRESET
-    init_from: str = 'scratch'   # scratch | resume (the run in out_dir) | a checkpoint's path, to start a new run from
+    init_from: str = 'scratch'   # scratch | resume | auto (resume if it can) | a checkpoint's path
     overwrite: bool = False      # allow a fresh run in a folder that holds one
     seed: int = 1337             # decides the initial weights and everything random after
     # how long
     max_iters: Positive = 1700   # optimizer steps
     eval_interval: Positive = 425  # validate and save every so many steps
-    eval_iters: Positive = 75    # validate on so many batches, always the same; all of it where that is fewer
+    eval_iters: Positive = 75    # validate on so many batches, always the same
     eval_only: bool = False      # validate once and stop, writing nothing
     log_interval: Positive = 20  # a progress line every so many steps
     # what a step sees
     batch_size: Positive = 4     # rows of a micro-batch, on one device
     gradient_accumulation_steps: Positive = 1  # micro-batches in a step, over all devices
     block_size: Positive = 256   # T, positions in a row, meta-tokens included
-    meta_rate: Share = 0.1       # k, the share of meta-tokens among them (paper: 0.1); 0 is plain GPT-2 data
-    meta_placement: Literal['random', 'periodic'] = 'random'  # where they stand: drawn anew for each row, or evenly spaced
+    meta_rate: Share = 0.1       # k, the share of meta-tokens among them; 0 is plain GPT-2 data
+    meta_placement: Literal['random', 'periodic'] = 'random'  # drawn for each row, or evenly spaced
     # the model
     n_layer: Positive = 3        # blocks
     n_head: Positive = 4         # heads in each attention
@@ -58,520 +60,790 @@ class TrainConfig:
     bias: bool = False           # in linear layers and layer norms
     pos: Literal['rope', 'ape', 'none'] = 'rope'  # positions: rotary, learned (GPT-2's), or none
     meta_attn: bool = True       # the second attention, among meta-tokens
-    yarn_scale: float = 1.0      # with init_from a RoPE checkpoint: stretch its context so many times
+    meta_pos: bool = True        # False: meta-tokens have no position
+    yarn_scale: float = 1.0      # stretch the context of a RoPE checkpoint so many times
     # the optimizer
-    optimizer: Literal['adamw', 'muon'] = 'adamw'  # muon: for the matrices of the blocks, adamw for the rest
+    optimizer: Literal['adamw', 'muon'] = 'adamw'  # muon: the blocks' matrices, adamw: the rest
     learning_rate: float = 3e-3  # at its peak
     min_lr: float = 2e-4         # at the end
     decay_lr: bool = True        # cosine from peak to end; False stays at the peak
     warmup_iters: int = 50       # steps of linear rise to the peak
-    lr_decay_iters: int = 0      # steps until the end of the cosine; 0: max_iters, also where a resumed run raises that
+    lr_decay_iters: int = 0      # steps until the end of the cosine; 0: max_iters
     weight_decay: float = 0.1    # on matrices only
     beta1: Share = 0.9           # AdamW's
     beta2: Share = 0.95          # AdamW's
     grad_clip: float = 1.0       # clip the gradient's norm there; 0: never
     # the machine
     device: str = 'auto'         # auto | cpu | cuda | cuda:1 | mps
-    dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of matrix products; weights are float32 always
+    dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of matrix products
     compile: Literal['auto', 'True', 'False'] = 'auto'  # torch.compile; auto: on CUDA only
 
 
 PRESETS = {
     'tiny': {},  # the defaults above
-    'paper': dict(dataset='c4', max_iters=200_000, lr_decay_iters=600_000, eval_interval=1000, eval_iters=200, block_size=1024, batch_size=12,
-                  gradient_accumulation_steps=40, n_layer=12, n_head=12, n_embd=768, learning_rate=6e-4, min_lr=6e-5, warmup_iters=2000),
+    'paper': dict(dataset='c4', max_iters=200_000, lr_decay_iters=600_000, eval_interval=1000,
+                  eval_iters=200, block_size=1024, batch_size=12, gradient_accumulation_steps=40,
+                  n_layer=12, n_head=12, n_embd=768, learning_rate=6e-4, min_lr=6e-5,
+                  warmup_iters=2000),
 }
-MODEL_KEYS = ('block_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias', 'pos', 'meta_attn', 'yarn_scale')
+MODEL_KEYS = ('block_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias', 'pos', 'meta_attn',
+              'meta_pos', 'yarn_scale')
 
 # ------------------------------------------------------------------------------
-# The machine: one process, or one of many under torchrun
+# One training step
 
-PEAK_FLOPS = {  # dense 16-bit, from NVIDIA's data sheets; a card counts if its name has all these words (an L40 is no L4)
-    'H200 NVL': 835e12, 'H200': 989e12, 'H100 PCIe': 756e12, 'H100 NVL': 835e12, 'H100 HBM3': 989e12, 'A100': 312e12, 'L40S': 362e12,
-    'L4': 121e12, 'V100 SXM2': 125e12, 'T4': 65e12,
-}
-
-
-class Machine:
-    """Which device computes, in which precision, and which of how many processes this is. Raises UserError."""
-
-    def __init__(self, cfg):
-        self.rank, self.world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
-        name = cfg.device
-        if name == 'auto':
-            name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
-        if name == 'cuda':
-            name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        try:
-            self.device = torch.device(name)
-            torch.ones(1, device=self.device).item()
-        except (RuntimeError, AssertionError) as error:
-            raise UserError(f'--device={cfg.device} cannot be used here: {str(error).splitlines()[0]}')
-        self.type = self.device.type
-        if self.type == 'cuda':
-            torch.cuda.set_device(self.device)
-            torch.set_float32_matmul_precision('high')
-        if 'RANK' in os.environ:
-            dist.init_process_group('nccl' if self.type == 'cuda' else 'gloo', device_id=self.device if self.type == 'cuda' else None)
-        fast = 'float32' if self.type != 'cuda' else 'bfloat16' if torch.cuda.get_device_capability() >= (8, 0) else 'float16'
-        self.dtype = fast if cfg.dtype == 'auto' else cfg.dtype
-        self.autocast = nullcontext() if self.dtype == 'float32' else torch.autocast(self.type, getattr(torch, self.dtype))
-        gpu = torch.cuda.get_device_name() if self.type == 'cuda' else ''
-        words = set(gpu.replace('-', ' ').split())
-        known = [f for name, f in PEAK_FLOPS.items() if set(name.split()) <= words and 'MIG' not in words]
-        self.peak_flops = known[0] if known and self.dtype != 'float32' else None
-        self.name = gpu or f'{self.device}' + (f' ({torch.get_num_threads()} threads)' if self.type == 'cpu' else '')
-
-    def say(self, *words):
-        if self.rank == 0:
-            print(*words, flush=True)
-
-    def barrier(self):
-        if self.world > 1:
-            dist.barrier()
-
-    def sum(self, *numbers):
-        """The sums over all processes of some floats, in their order."""
-        if self.world == 1:
-            return numbers
-        total = torch.tensor(numbers, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
-        return total.tolist()
-
-    def to_device(self, *arrays):
-        pin = self.type == 'cuda'  # so that the copy runs while the GPU still computes
-        return [(t.pin_memory() if pin else t).to(self.device, non_blocking=pin) for t in map(torch.from_numpy, arrays)]
-
-    def compiled(self, model, cfg):
-        """model, through torch.compile where that is asked for and works."""
-        if cfg.compile == 'False' or cfg.compile == 'auto' and self.type != 'cuda':
-            return model
-        try:
-            torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=self.device))  # is there a compiler at all?
-            return torch.compile(model)
-        except Exception as error:  # whatever the compiler's many parts raise
-            self.say(f'warning: torch.compile does not work here ({type(error).__name__}); training goes on without it, slower')
-            return model
-
-# ------------------------------------------------------------------------------
-# The run's folder
-
-COLUMNS = ('iter', 'train_loss', 'val_loss', 'val_bpb', 'lr', 'grad_norm', 'tokens', 'tokens_per_s', 'mfu')
-
-
-def load_checkpoint(path):
-    """The dict that `save_checkpoint` wrote, on the CPU; nothing in it is executed. Raises UserError."""
-    if not Path(path).is_file():
-        raise UserError(f'there is no checkpoint {path}: name the ckpt.pt or best.pt of a run')
-    try:
-        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-        missing = {'model', 'optimizer', 'scaler', 'model_args', 'config', 'iter_num', 'tokens', 'best_val_loss'} - set(checkpoint)
-        missing |= {f.name for f in fields(GPTConfig)} - set(checkpoint.get('model_args', ()))
-    except Exception as error:  # zip, pickle and type errors of every kind
-        raise UserError(f'{path} is damaged, or no checkpoint ({type(error).__name__})')
-    if missing:
-        raise UserError(f"{path} is no checkpoint of train.py: it lacks {', '.join(sorted(missing))}")
-    return checkpoint
-
-
-def save_checkpoint(path, checkpoint):
-    """Beside its place, flushed, moved in: whatever happens, `path` is whole. Raises OSError or RuntimeError, disk full say."""
-    beside = path.with_name(path.name + '.tmp')
-    try:
-        with open(beside, 'wb') as f:
-            torch.save(checkpoint, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(beside, path)
-    except (OSError, RuntimeError):
-        beside.unlink(missing_ok=True)
-        raise
-
-
-def tokenizer_of(checkpoint):
-    return get_tokenizer('bytes' if checkpoint['model_args']['meta_id'] == 257 else 'gpt2')
-
-
-def open_run(cfg, given, inherited):
+def train_step(run):
     """
-    Settles the run's settings: returns (cfg, checkpoint or None, out_dir). A resumed run brings all its settings along, a new one from a
-    checkpoint those `inherited`; the command line overrides them.
+    One step of the optimizer: the gradient of all micro-batches, clipped, moves the weights.
 
-    Raises UserError where a fresh run would write into a folder that holds one, or a resumed one would not be the same run.
+    Every target of the step counts alike, whatever micro-batch and process it is in.
+    Returns the mean loss in nats and the gradient's norm. If one is not finite, no weight moves.
     """
-    checkpoint, out_dir, resume = None, Path(cfg.out_dir or f'out/{cfg.preset}'), cfg.init_from == 'resume'
-    if cfg.init_from != 'scratch':
-        checkpoint = load_checkpoint(out_dir / 'ckpt.pt' if resume else cfg.init_from)
-        old = checkpoint['config']
-        if resume and old.keys() != asdict(cfg).keys():
-            raise UserError(f'{out_dir} holds a run of another script (or version): see its config.json')
-        for key in ('optimizer', 'seed', 'task', 'train_length') if resume else ():
-            if key in given and given[key] != old[key]:
-                raise UserError(f'--{key}={given[key]}: the run in {out_dir} has {old[key]}, and goes on with it')
-        cfg = replace(cfg, **{key: value for key, value in old.items() if resume or key in inherited} | given)
-        rows = old['batch_size'] * old['gradient_accumulation_steps']  # of a step; with the iteration they say where in the data the run is
-        if resume and cfg.batch_size * cfg.gradient_accumulation_steps != rows:
-            raise UserError(f'a step of the run in {out_dir} has {rows} rows: --batch_size times --gradient_accumulation_steps must stay that')
-    if ((out_dir / 'ckpt.pt').exists() or (out_dir / 'best.pt').exists()) and not (resume or cfg.overwrite or getattr(cfg, 'eval_only', False)):
-        raise UserError(f'{out_dir} holds a run: go on with it (--init_from=resume --out_dir={out_dir}), write elsewhere (--out_dir=out/NAME), '
-                        'or replace it (--overwrite=True)')
-    return cfg, checkpoint, out_dir
+    cfg, machine = run.cfg, run.machine
+    n_mine = cfg.gradient_accumulation_steps // machine.world
+    first = run.it * cfg.gradient_accumulation_steps + machine.rank * n_mine
+    micro_batches = [run.task.batch(first + n) for n in range(n_mine)]
+    n_targets = sum(count_targets(targets) for _, targets in micro_batches)
+    n_targets, = machine.sum(n_targets)
 
+    total = torch.zeros((), device=machine.device)
+    for n, (idx, targets) in enumerate(micro_batches):
+        if cfg.dropout:
+            seed = np.random.SeedSequence([cfg.seed, first + n]).generate_state(1)[0]
+            torch.manual_seed(int(seed))
+        if machine.world > 1:  # the processes exchange gradients once a step
+            run.ddp.require_backward_grad_sync = n == n_mine - 1
+        share = count_targets(targets) / n_targets
+        n_meta = most_meta(idx, run.model.config.meta_id)
+        with machine.autocast:
+            loss = run.ddp(*machine.to_device(idx, targets), n_meta=n_meta)[1] * share
+        run.scaler.scale(loss * machine.world).backward()  # DDP averages over the processes
+        total += loss.detach()
 
-def read_log(out_dir):
-    with open(out_dir / 'log.csv', newline='') as f:
-        return [row for row in csv.DictReader(f) if None not in row.values()]  # less a last line that was cut off
+    for optimizer in run.optimizers:
+        run.scaler.unscale_(optimizer)
+    clip = cfg.grad_clip or math.inf
+    grad_norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), clip).item()
+    loss, = machine.sum(total.item())
+    finite = math.isfinite(loss) and math.isfinite(grad_norm)
 
+    for optimizer in run.optimizers:
+        for group in optimizer.param_groups:
+            group['lr'] = learning_rate(run.it, cfg)
+        if finite:
+            run.scaler.step(optimizer)
+        optimizer.zero_grad(set_to_none=True)
+    run.scaler.update()
+    run.it += 1
+    n_tokens = cfg.gradient_accumulation_steps * idx.size
+    run.tokens += n_tokens
+    run.flops += n_tokens * run.model.flops_per_token(idx.shape[1], n_meta)
+    return loss, grad_norm
 
-def start_log(out_dir, columns, rows):
-    """A log.csv with these rows: none for a fresh run, those up to its checkpoint for a resumed one."""
-    with open(out_dir / 'log.csv.tmp', 'w', newline='') as f:
-        writer = csv.DictWriter(f, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(out_dir / 'log.csv.tmp', out_dir / 'log.csv')
-
-
-def plot_log(out_dir):
-    """log.csv -> loss.png: training and validation loss, and a fine-tuned model's exact match, over tokens."""
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-    rows, dots = read_log(out_dir), dict(color='C0', marker='o', ms=4)
-    panels = [('loss (nats per text token)', dict(train_loss=('training', dict(color='0.6', lw=1)), val_loss=('validation', dots)))]
-    if 'exact_match' in rows[0]:
-        panels.append(('exact match', dict(exact_match=('held-out prompts', dots))))
-    figure, axes = plt.subplots(len(panels), figsize=(7, 3 + 1.5 * len(panels)), sharex=True, squeeze=False, layout='constrained')
-    for ax, (ylabel, lines) in zip(axes[:, 0], panels):
-        for column, (label, style) in lines.items():
-            points = [(float(row['tokens']), float(row[column])) for row in rows if row[column]]
-            ax.plot(*(zip(*points) if points else ([], [])), label=label, **style)
-        ax.set(ylabel=ylabel)
-        ax.grid(alpha=0.3)
-        ax.legend()
-    axes[0, 0].set(title=str(out_dir))
-    axes[-1, 0].set(xlabel='tokens seen (meta-tokens and padding included)')
-    figure.savefig(out_dir / 'loss.png.tmp', format='png', dpi=120)
-    plt.close(figure)
-    os.replace(out_dir / 'loss.png.tmp', out_dir / 'loss.png')
-
-# ------------------------------------------------------------------------------
-# The optimizer
 
 def learning_rate(it, cfg):
-    """Linear warm-up to learning_rate, cosine down to min_lr at lr_decay_iters, then flat. it counts from 0."""
+    """Linear warm-up to learning_rate, cosine down to min_lr, then flat. it counts from 0."""
     if it < cfg.warmup_iters:
         return cfg.learning_rate * (it + 1) / (cfg.warmup_iters + 1)
     if not cfg.decay_lr:
         return cfg.learning_rate
-    progress = (it - cfg.warmup_iters) / max((cfg.lr_decay_iters or cfg.max_iters) - cfg.warmup_iters, 1)
-    return cfg.min_lr + 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))) * (cfg.learning_rate - cfg.min_lr)
+    end = cfg.lr_decay_iters or cfg.max_iters
+    progress = min((it - cfg.warmup_iters) / max(end - cfg.warmup_iters, 1), 1.0)
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    return cfg.min_lr + cosine * (cfg.learning_rate - cfg.min_lr)
 
 
 def make_optimizers(model, cfg):
-    """AdamW, with weight decay on matrices only; with --optimizer=muon, Muon for the blocks' matrices beside it."""
-    params = list(model.named_parameters())
-    for_muon = {name for name, p in params if cfg.optimizer == 'muon' and p.dim() == 2 and '.h.' in name}
-    muon = [p for name, p in params if name in for_muon]
-    decay = [p for name, p in params if p.dim() == 2 and name not in for_muon]
-    rest = [p for _, p in params if p.dim() != 2]
-    assert len(muon) + len(decay) + len(rest) == len(params)
-    groups = [dict(params=decay, weight_decay=cfg.weight_decay), dict(params=rest, weight_decay=0.0)]
+    """AdamW, with weight decay on matrices only; for --optimizer=muon Muon for the blocks' own."""
+    muon, decay, rest = [], [], []
+    for name, p in model.named_parameters():
+        if p.dim() < 2:
+            rest.append(p)
+        elif cfg.optimizer == 'muon' and '.h.' in name:
+            muon.append(p)
+        else:
+            decay.append(p)
+    groups = [dict(params=decay, weight_decay=cfg.weight_decay),
+              dict(params=rest, weight_decay=0.0)]
     optimizers = [torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), fused=True)]
     if muon:
-        optimizers.append(torch.optim.Muon(muon, weight_decay=cfg.weight_decay, adjust_lr_fn='match_rms_adamw'))
+        optimizers.append(torch.optim.Muon(muon, weight_decay=cfg.weight_decay,
+                                           adjust_lr_fn='match_rms_adamw'))
     return optimizers
 
 # ------------------------------------------------------------------------------
-# The loop
+# What is learned in pre-training
 
-def in_words(row):
-    """What was measured on held-out data, as a line."""
-    words = dict(val_loss='validation loss {:.4f} nats per text token', val_bpb='{:.4f} bits per byte', exact_match='exact match {:.1%}')
-    return ', '.join(words[key].format(value) for key, value in row.items())
-
-
-def fit(cfg, machine, model, checkpoint, out_dir, get_batch, evaluate, n_meta, columns=COLUMNS, status=lambda it: ''):
+class Pretraining:
     """
-    Trains `model` to max_iters and keeps the run's folder.
+    Next-token prediction on a data folder. A run trains on any object with these methods.
 
-    get_batch(i) -> idx, targets, int64 arrays: micro-batch i of the run, the same whoever asks; those of one step have one shape.
-    evaluate(model) -> dict(val_loss=...) and whatever else of `columns`, the log's. checkpoint: to resume from, or None. n_meta: the most
-    meta-tokens a row can hold. status(it) -> words for the progress line. SIGINT and SIGTERM finish the step, save, and exit; a second one
-    ends the process at once. Raises UserError after ten non-finite steps in a row.
+    Raises UserError where a block holds no text, or no meta-token, or the data no block.
     """
-    per_step = cfg.gradient_accumulation_steps
-    per_rank = per_step // machine.world  # micro-batches; rank r takes the r-th share of each step's
-    if per_step % machine.world:
-        raise UserError(f'--gradient_accumulation_steps={per_step} counts over all processes: make it a multiple of their number, {machine.world}')
-    stop = []
+    columns = ()       # of log.csv, beside those of every run
+    phase_starts = ()  # the steps at which what is learned changes
 
-    def on_signal(number, frame):
-        stop.append(number)
-        signal.signal(number, signal.SIG_DFL)
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    def __init__(self, cfg, machine, data):
+        self.cfg, self.machine, self.tok, self.data = cfg, machine, data.tok, data.about
+        T, rate = cfg.block_size, cfg.meta_rate
+        self.n_meta, meta_id = meta_count(T, rate), meta_token(data.tok)
+        if self.n_meta >= T:
+            raise UserError(f'--meta_rate={rate} leaves no room for text in a block of {T}')
+        if cfg.meta_attn and self.n_meta == 0:
+            raise UserError(f'--meta_rate={rate} puts no meta-token into a block of {T}, and '
+                            'meta-attention needs some: raise it, or add --meta_attn=False')
+        self.train = Blocks(data.train, T, self.n_meta, meta_id, cfg.seed, cfg.meta_placement)
+        self.val = Blocks(data.val, T, self.n_meta, meta_id, 0, cfg.meta_placement)
+        if not (self.train.n_chunks and self.val.n_chunks):
+            raise UserError(f'data/{cfg.dataset} has {len(data.train):,} train and '
+                            f'{len(data.val):,} validation tokens, too few for a block of {T}: '
+                            'lower --block_size')
+        self.bytes_per_token = token_bytes(data.tok)[data.val[:10_000_000]].mean()
 
-    optimizers = make_optimizers(model, cfg)
-    scaler = torch.amp.GradScaler(machine.type, enabled=machine.dtype == 'float16')
-    it, tokens, best_val_loss = 0, 0, float('inf')
-    if checkpoint:
-        for optimizer, state in zip(optimizers, checkpoint['optimizer'], strict=True):
-            optimizer.load_state_dict(state)
-        if checkpoint['scaler']:  # empty unless that run was in float16
-            scaler.load_state_dict(checkpoint['scaler'])
-        it, tokens, best_val_loss = checkpoint['iter_num'], checkpoint['tokens'], checkpoint['best_val_loss']
-    if machine.rank == 0:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        for name in () if checkpoint else ('ckpt.pt', 'best.pt'):  # of a run that --overwrite=True gives up
-            (out_dir / name).unlink(missing_ok=True)
-        (out_dir / 'config.json').write_text(json.dumps(asdict(cfg), indent=2) + '\n')
-        start_log(out_dir, columns, [row for row in read_log(out_dir) if int(row['iter']) <= it] if checkpoint else [])
+    def batch(self, i):
+        """Micro-batch i of the run, whoever asks: idx, targets (batch_size, T) int64 arrays."""
+        return self.train.batch(i * self.cfg.batch_size, self.cfg.batch_size)
 
-    compiled = ddp = machine.compiled(model, cfg)
-    if machine.world > 1:
-        ddp = DistributedDataParallel(compiled, device_ids=[machine.device] if machine.type == 'cuda' else None)
+    def evaluate(self, model):
+        """
+        The loss on the first eval_iters validation batches, the same for any number of processes:
+        val_loss in nats per text token, val_bpb in bits per byte. Nothing after a stop signal.
+        """
+        rows, machine = self.cfg.batch_size, self.machine
+        n_rows = min(self.cfg.eval_iters * rows, self.val.n_chunks)
+        nats = n_targets = 0
+        model.eval()
+        for row in range(machine.rank * rows, n_rows, machine.world * rows):
+            if STOP & set(machine.signals):
+                break
+            idx, targets = self.val.batch(row, rows)  # always whole, so that compile sees one shape
+            targets[n_rows - row:] = -1
+            with torch.no_grad(), machine.autocast:
+                loss = model(*machine.to_device(idx, targets), n_meta=self.n_meta)[1]
+            nats += loss.item() * count_targets(targets)
+            n_targets += count_targets(targets)
+        model.train()
+        nats, n_targets = machine.sum(nats, n_targets)
+        if machine.asked_to_stop():
+            return {}
+        loss = nats / n_targets
+        return dict(val_loss=loss, val_bpb=loss / math.log(2) / self.bytes_per_token)
 
-    def validate():
-        row = evaluate(compiled)
-        machine.say(f'iter {it:>6}/{cfg.max_iters}  {in_words(row)}')
-        return row
+    def in_words(self, row):
+        """What evaluate found, for the progress line."""
+        return (f"validation loss {row['val_loss']:.4f} nats per text token, "
+                f"{row['val_bpb']:.4f} bits per byte")
 
-    def write(row):
-        if machine.rank == 0:
-            with open(out_dir / 'log.csv', 'a', newline='') as f:
-                csv.DictWriter(f, columns).writerow(dict(row, iter=it, tokens=tokens))
+    def status(self, it):
+        """What stands first on the progress line."""
+        return ''
 
-    def save(name):
-        """True if it was saved, or is another rank's to save."""
-        state = dict(model=model.state_dict(), optimizer=[o.state_dict() for o in optimizers], scaler=scaler.state_dict(),
-                     model_args=asdict(model.config), config=asdict(cfg), iter_num=it, tokens=tokens, best_val_loss=best_val_loss,
-                     rng={'seed': cfg.seed})  # with iter_num it decides everything random
-        try:
-            if machine.rank == 0:
-                save_checkpoint(out_dir / name, state)
-            return True
-        except (OSError, RuntimeError) as error:
-            machine.say(f'warning: {out_dir / name} could not be saved ({error}); the one before it stands, training goes on')
-            return False
+    def describe(self):
+        """The run's data, in the lines it begins with."""
+        cfg, n = self.cfg, len(self.train.tokens)
+        epochs = cfg.max_iters * rows_of_a_step(asdict(cfg)) / self.train.n_chunks
+        return (f'data    data/{cfg.dataset}: {n:,} train tokens ({self.tok.name}), seen '
+                f'{epochs:.2f} times\n'
+                f'rows    {cfg.block_size} tokens, of which {self.n_meta} are meta-tokens')
 
-    if not checkpoint:
-        write(validate())
-    skipped, saved, good = 0, True, True
-    start_it, start_time, clock_tokens, clock = it, time.time(), tokens, time.time()
-    ahead = ThreadPoolExecutor(1)  # makes the next batch while this one is computed on
-    batch = ahead.submit(get_batch, it * per_step + machine.rank * per_rank)
-    while it < cfg.max_iters:
-        # one step: forward and backward over the micro-batches
-        loss_sum = torch.zeros((), device=machine.device)
-        for n in range(per_rank):
-            micro = it * per_step + machine.rank * per_rank + n  # counted over the whole run
-            idx, targets = machine.to_device(*batch.result())
-            batch = ahead.submit(get_batch, micro + 1 if n < per_rank - 1 else micro + 1 + per_step - per_rank)
-            if cfg.dropout:
-                torch.manual_seed(int(np.random.SeedSequence([cfg.seed, micro]).generate_state(1)[0]))
-            if machine.world > 1:
-                ddp.require_backward_grad_sync = n == per_rank - 1
-            with machine.autocast:
-                loss = ddp(idx, targets, n_meta=n_meta)[1] / per_rank
-            scaler.scale(loss).backward()
-            loss_sum += loss.detach()
-        for optimizer in optimizers:
-            scaler.unscale_(optimizer)
-        # the step's one wait for a GPU, after all of its micro-batches: whether the step counts is decided before the weights change
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or float('inf')).item()
-        train_loss, stopping = machine.sum(loss_sum.item() / machine.world, len(stop))  # so that all ranks decide alike
-        finite = math.isfinite(train_loss) and math.isfinite(grad_norm)
-        lr = learning_rate(it, cfg)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group['lr'] = lr
-            if finite:
-                scaler.step(optimizer)
-            optimizer.zero_grad(set_to_none=True)
-        scaler.update()
-        it, tokens = it + 1, tokens + per_step * idx.numel()
+    def sample(self, model, n_samples=3, n_tokens=300):
+        """New documents by the model, within its block size; their meta-tokens are left out."""
+        device, every = self.machine.device, meta_every(self.cfg.meta_rate)
+        text_share = every / (every + 1) if every else 1
+        room = max(int(text_share * (self.cfg.block_size - 2)), 1)
+        start = torch.full((n_samples, 1), self.tok.eot_token, device=device)
+        generator = torch.Generator(device).manual_seed(self.cfg.seed)
+        model.eval()
+        with self.machine.autocast:
+            ids = model.generate(start, min(n_tokens, room), temperature=0.8, top_k=200,
+                                 meta_every=every, generator=generator,
+                                 stop_token=self.tok.eot_token)
+        texts = [printable(self.tok.decode(row)) for row in ids[:, 1:].tolist()]
+        return 'three samples:\n' + '\n---\n'.join(texts) + '\n'
 
-        skipped = 0 if finite else skipped + 1
-        if skipped:
-            machine.say(f'iter {it:>6}/{cfg.max_iters}  skipped: loss {train_loss}, gradient norm {grad_norm}')
-        if skipped == 10:
-            last = f'. {out_dir}/ckpt.pt is the last good checkpoint' if (out_dir / 'ckpt.pt').exists() else ''
-            raise UserError(f'stopped: ten steps in a row without a finite loss and gradient; lower --learning_rate, or --dtype=float32{last}')
-        row = {}
-        if it % cfg.log_interval == 0:
-            speed = (tokens - clock_tokens) / (time.time() - clock)
-            left = (time.time() - start_time) / (it - start_it) * (cfg.max_iters - it)
-            row = dict(train_loss=train_loss, lr=lr, grad_norm=grad_norm, tokens_per_s=round(speed))
-            if machine.peak_flops:
-                row['mfu'] = round(speed * model.flops_per_token(idx.shape[1], n_meta) / (machine.peak_flops * machine.world), 4)
-            machine.say(f'iter {it:>6}/{cfg.max_iters}  {status(it)}loss {train_loss:.4f}  lr {lr:.2e}  grad {grad_norm:.2f}  {speed:,.0f} tokens/s'
-                        + (f"  mfu {row['mfu']:.1%}" if machine.peak_flops else '') + f'  {timedelta(seconds=int(left))} left')
-            clock_tokens, clock = tokens, time.time()
-        milestone = it % cfg.eval_interval == 0 or it == cfg.max_iters
-        if milestone:
-            row.update(validate())
-        if row:
-            write(row)
-        good = not skipped and math.isfinite(row.get('val_loss', 0))  # a run that has gone astray must not replace the last good checkpoint
-        if (milestone or stopping) and good:
-            better = row.get('val_loss', math.inf) < best_val_loss
-            if better:  # first best.pt: should the process die between the two, going on from the older ckpt.pt writes it again
-                best_val_loss = row['val_loss']
-                save('best.pt')
-            saved = save('ckpt.pt')
-        if milestone:
-            clock_tokens, clock = tokens, time.time()
-        if stopping:
-            done = f'and saved; go on with --init_from=resume --out_dir={out_dir}' if saved and good else 'not saved'
-            machine.say(f'stopped after iter {it}, {done}')
-            raise SystemExit(128 + (stop or [signal.SIGTERM])[0])
-    ahead.shutdown(cancel_futures=True)
-    for number, handler in before.items():
-        signal.signal(number, handler)
-    if not (saved and good):
-        why = 'could not be saved: make room' if good else 'is older, as the last loss was not finite: lower --learning_rate'
-        raise UserError(f'the run is over, but {out_dir}/ckpt.pt {why}, then --init_from=resume --out_dir={out_dir}')
-
-# ------------------------------------------------------------------------------
-# Pre-training
-
-def make_model(cfg, checkpoint, tok):
-    """A new model, or the checkpoint's, its context perhaps extended. Raises UserError where the two do not fit together."""
-    args = {key: getattr(cfg, key) for key in MODEL_KEYS} | dict(vocab_size=padded_vocab_size(tok), meta_id=meta_token(tok))
-    if checkpoint is None:
-        if cfg.yarn_scale != 1:
-            raise UserError('--yarn_scale stretches a trained model: name its checkpoint with --init_from=')
-        args['yarn_orig_block_size'] = cfg.block_size
-    else:
-        old = checkpoint['model_args']
-        if old['vocab_size'] != args['vocab_size']:
-            raise UserError(f"data/{cfg.dataset} has a vocabulary of {args['vocab_size']}, the checkpoint one of {old['vocab_size']}: "
-                            'give the --dataset= of its tokenizer')
-        resume, why = cfg.init_from == 'resume', ''
-        free = {'dropout'} if resume else {'dropout', 'yarn_scale'} if old['pos'] == 'ape' else {'dropout', 'yarn_scale', 'block_size'}
-        for key in MODEL_KEYS:
-            if args[key] != old[key] and key not in free:
-                if resume:
-                    why = f'; --init_from={cfg.out_dir or "out/" + cfg.preset}/ckpt.pt starts a new run from it'
-                elif key == 'block_size':
-                    why = ' (learned positions cannot be extended)'
-                raise UserError(f'--{key}={args[key]}: the checkpoint has {old[key]}, and that stays{why}')
-        if args['yarn_scale'] != old['yarn_scale']:
-            args['yarn_orig_block_size'] = old['block_size'] if old['yarn_scale'] == 1 else old['yarn_orig_block_size']
-        args = {**old, **args}
-    try:
-        model = GPT(GPTConfig(**args))
-    except ValueError as error:
-        raise UserError(str(error))
-    if checkpoint:
-        model.load_state_dict(checkpoint['model'])
-    return model
-
-
-def validation_loss(model, blocks, cfg, machine, bytes_per_token, n_meta):
-    """
-    The mean loss over the first eval_iters batches of blocks (all of them, where that is fewer), the same at every call and for any number of
-    processes: dict(val_loss in nats per text token, val_bpb in bits per byte of text).
-    """
-    model.eval()
-    nats = targets = 0.0
-    n_rows = min(cfg.eval_iters * cfg.batch_size, blocks.n_chunks)
-    for row in range(machine.rank * cfg.batch_size, n_rows, machine.world * cfg.batch_size):
-        idx, wanted = blocks.batch(row, cfg.batch_size)  # always whole, so that compile sees one shape
-        wanted[n_rows - row:] = -1
-        count = int((wanted >= 0).sum())
-        with torch.no_grad(), machine.autocast:
-            nats += model(*machine.to_device(idx, wanted), n_meta=n_meta)[1].item() * count
-        targets += count
-    model.train()
-    nats, targets = machine.sum(nats, targets)
-    return dict(val_loss=nats / targets, val_bpb=nats / targets / math.log(2) / bytes_per_token)
+    def next_steps(self, out_dir):
+        return (f'        teach it to recall: python finetune.py --init_from={out_dir}/best.pt\n'
+                f'        let it write: python evaluate.py sample --ckpt={out_dir}/best.pt')
 
 
 def printable(text):
-    """text without control codes: an untrained model says them to your terminal."""
+    """Text without meta-tokens and control codes, which an untrained model says to a terminal."""
+    text = text.replace(META, '').replace(END_OF_TEXT, '')
     return ''.join(c if c.isprintable() or c in '\n\t' else '\ufffd' for c in text)
 
 
-def sample_text(model, tok, cfg, machine, n_samples=3, n_tokens=300):
-    """New documents by the model, up to its block size, with meta-tokens as often as in training, and left out of the text."""
-    meta = meta_token(tok)
-    every = meta_every(cfg.meta_rate)
-    room = (cfg.block_size - 2) * every // (every + 1) if every else cfg.block_size - 2
-    start = torch.full((n_samples, 1), tok.eot_token, device=machine.device)
-    model.eval()
-    with machine.autocast:
-        ids = model.generate(start, max(min(n_tokens, room), 1), temperature=0.8, top_k=200, meta_every=every,
-                             generator=torch.Generator(machine.device).manual_seed(cfg.seed))
-    text = '\n---\n'.join(tok.decode([i for i in row if i != meta]) for row in ids[:, 1:].tolist())
-    return printable(text)
+def count_targets(targets):
+    return int((targets >= 0).sum())
+
+# ------------------------------------------------------------------------------
+# The run around the steps
+
+COLUMNS = ('iter', 'train_loss', 'val_loss', 'val_bpb', 'lr', 'grad_norm', 'tokens',
+           'tokens_per_s', 'mfu')
+
+
+STOP = {signal.SIGINT, signal.SIGTERM, getattr(signal, 'SIGHUP', signal.SIGTERM)}
+SAVE = getattr(signal, 'SIGUSR1', None)  # Windows has neither SIGHUP nor this
+
+
+class Run:
+    """A model in training, how far it has come, and the folder that it writes to."""
+
+    def __init__(self, cfg, machine, model, task, out_dir, checkpoint=None):
+        if cfg.gradient_accumulation_steps % machine.world:
+            raise UserError(f'--gradient_accumulation_steps={cfg.gradient_accumulation_steps} '
+                            f'counts over all processes: make it a multiple of {machine.world}')
+        self.cfg, self.machine, self.model, self.task = cfg, machine, model, task
+        self.out_dir, self.columns = out_dir, COLUMNS + task.columns
+        self.optimizers = make_optimizers(model, cfg)
+        self.scaler = torch.amp.GradScaler(machine.type, enabled=machine.dtype == 'float16')
+        self.it, self.tokens, self.flops, self.best_val_loss = 0, 0, 0, math.inf
+        if cfg.init_from == 'resume':
+            self.resume(checkpoint)
+        start = zlib.crc32(json.dumps([self.it, task.data]).encode())
+        if machine.sum(start) != [machine.world * start]:
+            raise UserError('the processes start from different data or checkpoints: give them the '
+                            'same files')
+        self.compiled = self.ddp = machine.compiled(model, cfg.compile)
+        if machine.world > 1:
+            self.ddp = DistributedDataParallel(self.compiled)
+        self.began, self.first_it = time.time(), self.it
+        self.restart_clock()
+
+    def resume(self, checkpoint):
+        """Takes the state of a run. Raises UserError if it does not fit the model or data."""
+        if checkpoint.get('data') not in (None, self.task.data):
+            raise UserError(f'data/{self.cfg.dataset} is not what the run in {self.out_dir} was '
+                            'trained on: bring that back, or start a new run')
+        try:
+            for optimizer, state in zip(self.optimizers, checkpoint['optimizer'], strict=True):
+                optimizer.load_state_dict(state)
+                for p, moments in optimizer.state.items():
+                    assert all(m.shape in (p.shape, ()) for m in moments.values())
+            if checkpoint['scaler']:  # empty unless that run was in float16
+                self.scaler.load_state_dict(checkpoint['scaler'])
+        except Exception as error:  # a damaged file has errors of every kind
+            raise UserError(f'the optimizer state of {self.out_dir} is damaged or of another '
+                            f'version: {said(error)}')
+        self.it, self.tokens = checkpoint['iter_num'], checkpoint['tokens']
+        self.best_val_loss = checkpoint['best_val_loss']
+
+    def restart_clock(self):
+        self.clock = time.time(), self.tokens, self.flops
+
+    def say(self, words):
+        self.machine.say(f'iter {self.it:>6}/{self.cfg.max_iters}  {words}')
+
+    def validate(self):
+        """What the task measures, or nothing if a stop signal comes in between."""
+        row = self.task.evaluate(self.compiled)
+        if row:
+            self.say(self.task.in_words(row))
+        return row
+
+    def progress(self, loss, grad_norm):
+        """Prints the progress line. Returns what of it goes to the log."""
+        cfg, machine, lr = self.cfg, self.machine, learning_rate(self.it - 1, self.cfg)
+        now, (then, tokens, flops) = time.time(), self.clock
+        speed = (self.tokens - tokens) / (now - then)
+        row = dict(train_loss=loss, lr=lr, grad_norm=grad_norm, tokens_per_s=round(speed))
+        mfu = ''
+        if machine.peak_flops:
+            flops_per_s = (self.flops - flops) / (now - then) / machine.world
+            row['mfu'] = round(flops_per_s / machine.peak_flops, 4)
+            mfu = f"  mfu {row['mfu']:.1%}"
+        seconds = (now - self.began) / (self.it - self.first_it) * (cfg.max_iters - self.it)
+        self.say(f'{self.task.status(self.it)}loss {loss:.4f}  lr {lr:.2e}  grad {grad_norm:.2f}  '
+                 f'{speed:,.0f} tokens/s{mfu}  {timedelta(seconds=int(seconds))} left')
+        self.restart_clock()
+        return row
+
+    def log(self, row):
+        """Adds a line to log.csv."""
+        if self.machine.rank == 0:
+            row = row | dict(iter=self.it, tokens=self.tokens)
+            with keep_going('log.csv'), open(self.out_dir / 'log.csv', 'a', newline='') as f:
+                csv.DictWriter(f, self.columns).writerow(row)
+
+    def save(self, name):
+        """Saves a checkpoint. Returns whether it could, or is another process's to save."""
+        state = dict(model=self.model.state_dict(),
+                     optimizer=[optimizer.state_dict() for optimizer in self.optimizers],
+                     scaler=self.scaler.state_dict(), model_args=asdict(self.model.config),
+                     config=asdict(self.cfg), tokenizer=self.task.tok.name, data=self.task.data,
+                     iter_num=self.it, tokens=self.tokens, best_val_loss=self.best_val_loss)
+        saved = self.machine.rank > 0
+        if self.machine.rank == 0:
+            with keep_going(f'{name} (the one before it stands)'):
+                replace_file(self.out_dir / name, lambda path: torch.save(state, path))
+                shutil.rmtree(self.out_dir / 'replaced', ignore_errors=True)
+                saved = True
+        return saved
+
+    def save_both(self, val_loss):
+        """best.pt, if the loss is the lowest so far, and ckpt.pt. Returns whether ckpt.pt is."""
+        if val_loss < self.best_val_loss:
+            before, self.best_val_loss = self.best_val_loss, val_loss
+            if not self.save('best.pt'):
+                self.best_val_loss = before
+        return self.save('ckpt.pt')
+
+
+def fit(run):
+    """
+    Trains to max_iters, and validates, logs and saves on the way.
+
+    SIGINT, SIGTERM or SIGHUP finishes the step, saves and exits; a second one ends the process at
+    once. SIGUSR1 saves. Raises UserError after ten steps in a row without a finite loss and
+    gradient, and where the last checkpoint is not there.
+    """
+    cfg, machine, skipped = run.cfg, run.machine, 0
+    with signals_into(machine.signals):
+        if run.it == 0:
+            run.log(run.validate())
+        while run.it < cfg.max_iters:
+            loss, grad_norm = train_step(run)
+            good = math.isfinite(loss) and math.isfinite(grad_norm)
+            skipped = 0 if good else skipped + 1
+            if skipped:
+                run.say(f'skipped: loss {loss}, gradient norm {grad_norm}')
+            if skipped == 10:
+                raise UserError('stopped: ten steps in a row without a finite loss and gradient; '
+                                f'lower --learning_rate, or --dtype=float32{last_good(run)}')
+
+            last = run.it == cfg.max_iters
+            milestone = last or run.it % cfg.eval_interval == 0
+            row = run.progress(loss, grad_norm) if run.it % cfg.log_interval == 0 else {}
+            if milestone:
+                row |= run.validate()
+                good = good and math.isfinite(row.get('val_loss', 0))
+                run.restart_clock()
+            if row:
+                run.log(row)
+
+            stopping, saving = machine.asked_to_stop(), machine.asked_to_save()
+            if (milestone or stopping or saving) and good:
+                good = run.save_both(row.get('val_loss', math.inf))
+            if stopping:
+                words = f'and saved; go on with --init_from=resume --out_dir={run.out_dir}'
+                machine.say(f'stopped after iter {run.it}, {words if good else "not saved"}')
+                raise SystemExit(128 + stopping)
+            if last and not good:
+                why = 'could not be saved' if math.isfinite(loss) else 'has no finite loss'
+                raise UserError(f'the run is over, but its end {why}{last_good(run)}')
+
+
+def last_good(run):
+    there = (run.out_dir / 'ckpt.pt').exists()
+    return f'. {run.out_dir}/ckpt.pt is the last good checkpoint' if there else ''
+
+
+@contextmanager
+def signals_into(received):
+    """Within it, a signal adds its number to a list. A second stop signal ends the process."""
+    def on_signal(number, frame):
+        received.append(number)
+        if number != SAVE:
+            signal.signal(number, signal.SIG_DFL)
+
+    before = {}
+    for number in STOP | {SAVE} - {None}:
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            before[number] = signal.signal(number, on_signal)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@lru_cache
+def warn(text):
+    """Prints a warning, once for each text."""
+    with suppress(OSError):
+        print(f'warning: {text}', file=sys.stderr, flush=True)
+
+
+@contextmanager
+def keep_going(what):
+    """A run outlives what it cannot write."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch.save raises a RuntimeError
+        warn(f'{what} could not be saved ({error}); the run goes on')
+
+# ------------------------------------------------------------------------------
+# The run's folder
+
+RUN_FILES = 'config.json', 'log.csv', 'loss.png', 'sample.txt', 'ckpt.pt', 'best.pt', 'eval'
+MAY_CHANGE = {'init_from', 'out_dir', 'overwrite', 'max_iters', 'eval_interval', 'eval_only',
+              'log_interval', 'batch_size', 'gradient_accumulation_steps', 'learning_rate',
+              'min_lr', 'decay_lr', 'warmup_iters', 'lr_decay_iters', 'weight_decay', 'beta1',
+              'beta2', 'grad_clip', 'device', 'dtype', 'compile'}  # in a run that is resumed
+
+
+def replace_file(path, write):
+    """write(beside) makes a file beside its place, and it is moved in: path is always whole."""
+    beside = path.with_name(path.name + '.tmp')
+    try:
+        write(beside)
+        with open(beside, 'rb+') as f:
+            os.fsync(f.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+CHECKPOINT = dict(model=dict, optimizer=list, scaler=dict, model_args=dict, config=dict,
+                  iter_num=int, tokens=int, best_val_loss=float)
+
+
+def load_checkpoint(path):
+    """The dict that Run.save wrote, on the CPU. Nothing in it is executed. Raises UserError."""
+    if not Path(path).is_file():
+        raise UserError(f'there is no checkpoint {path}: name the ckpt.pt or best.pt of a run')
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch does not compress, so it cannot be larger
+            unpacked = sum(info.file_size for info in archive.infolist())
+        assert unpacked <= Path(path).stat().st_size, 'it is compressed'
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+        for key, kind in CHECKPOINT.items():
+            assert isinstance(checkpoint[key], kind), f'{key} is no {kind.__name__}'
+        assert checkpoint['iter_num'] >= 0, 'iter_num is negative'
+        meta_id = checkpoint['model_args']['meta_id']
+    except Exception as error:  # zip, pickle, key and type errors of every kind
+        raise UserError(f'{path} is damaged or of another version: {said(error)}')
+    return dict(tokenizer='bytes' if meta_id == 257 else 'gpt2') | checkpoint  # older ones lack it
+
+
+def build_model(model_args, weights=None):
+    """A GPT of these settings and weights. Raises UserError where they do not fit together."""
+    try:
+        config = GPTConfig(**model_args)
+        if weights is not None:  # compared before memory is asked for
+            with torch.device('meta'):
+                expected = {name: w.shape for name, w in GPT(config).state_dict().items()}
+            wrong = [name for name in expected.keys() | weights.keys()
+                     if expected.get(name) != getattr(weights.get(name), 'shape', None)]
+            if wrong:
+                raise UserError(f'the weights do not fit the settings, at {sorted(wrong)[0]}: the '
+                                'checkpoint is damaged or of another version')
+        model = GPT(config)
+        if weights is not None:
+            model.load_state_dict(weights)
+    except (ValueError, TypeError) as error:
+        raise UserError(said(error)) from None
+    return model
+
+
+def load_model(path):
+    """
+    model, tok = load_model('out/tiny/best.pt'): a trained GPT in eval mode, and its tokenizer.
+    model.generate puts in meta-tokens as often as training did. Raises UserError.
+    """
+    checkpoint = load_checkpoint(path)
+    model = build_model(checkpoint['model_args'], checkpoint['model']).eval()
+    model.meta_every = meta_every(checkpoint['config']['meta_rate'])
+    return model, get_tokenizer(checkpoint['tokenizer'])
+
+
+def open_run(cfg, given, inherited, preset):
+    """
+    Settles a run's settings. Returns (cfg, checkpoint or None, out_dir).
+
+    A resumed run keeps its settings, and a new one from a checkpoint takes the `inherited` ones,
+    which the preset overrides. The command line, `given`, overrides all. Raises UserError where a
+    fresh run would write into the folder of another, or a resumed one would become another.
+    """
+    out_dir = Path(cfg.out_dir or f'out/{cfg.preset}')
+    saved = [name for name in ('ckpt.pt', 'best.pt') if (out_dir / name).exists()]
+    holds_run = saved or (out_dir / 'config.json').exists()
+    auto = cfg.init_from == 'auto'
+    if auto:
+        given = given | dict(init_from='resume' if saved else 'scratch')
+        cfg = replace(cfg, init_from=given['init_from'])
+    resume = cfg.init_from == 'resume'
+    if holds_run and not (resume or auto or cfg.overwrite or cfg.eval_only):
+        go_on = 'it has no checkpoint yet'
+        if saved:
+            go_on = f'go on with it (--init_from=resume --out_dir={out_dir})'
+        raise UserError(f'{out_dir} holds a run: {go_on}, write elsewhere (--out_dir=out/NAME), or '
+                        'replace it (--overwrite=True)')
+    if cfg.init_from == 'scratch':
+        return settle(cfg, given), None, out_dir
+    path = Path(cfg.init_from)
+    if resume:  # a run that was killed between its two files may have best.pt alone
+        path = out_dir / (saved[0] if saved else 'ckpt.pt')
+    checkpoint = load_checkpoint(path)
+    old = checkpoint['config']
+    if not resume:
+        old = {key: old[key] for key in inherited if key in old} | preset
+    if unknown := old.keys() - asdict(cfg).keys():
+        raise UserError(f"{out_dir} holds a run of another script: it has {', '.join(unknown)}")
+    cfg = settle(replace(cfg, **old | given), given)
+    for key, value in old.items() if resume else ():
+        if getattr(cfg, key) != value and key not in MAY_CHANGE:
+            raise UserError(f'--{key}={getattr(cfg, key)}: the run in {out_dir} has {value}, and '
+                            f'goes on with it; --init_from={path} starts a new run from it')
+    if resume and rows_of_a_step(asdict(cfg)) != rows_of_a_step(old):
+        raise UserError(f'a step of the run in {out_dir} has {rows_of_a_step(old)} rows: '
+                        '--batch_size times --gradient_accumulation_steps must stay that')
+    return cfg, checkpoint, out_dir
+
+
+def settle(cfg, given):
+    """A default makes way for what is given. Two given settings that contradict are refused."""
+    for low, high in (('min_lr', 'learning_rate'), ('warmup_iters', 'max_iters'),
+                      ('warmup_iters', 'lr_decay_iters')):
+        if low in given and getattr(cfg, low) > getattr(cfg, high) > 0:
+            raise UserError(f'--{low}={given[low]} is above --{high}={getattr(cfg, high)}')
+    if cfg.min_lr > cfg.learning_rate:
+        cfg = replace(cfg, min_lr=cfg.learning_rate / 10)
+    return cfg
+
+
+def rows_of_a_step(settings):
+    return settings['batch_size'] * settings['gradient_accumulation_steps']
+
+
+def open_folder(run):
+    """Makes the folder of a fresh run. Of a resumed one, cuts the log to where that goes on."""
+    out_dir, rows = run.out_dir, []
+    out_dir.mkdir(parents=True, exist_ok=True)
+    if run.it > 0 and (out_dir / 'log.csv').is_file():
+        rows = [row for row in read_log(out_dir) if int(row['iter']) <= run.it]
+    if run.it == 0:  # an old run is kept until the new one has a checkpoint
+        for path in [out_dir / name for name in RUN_FILES if (out_dir / name).exists()]:
+            (out_dir / 'replaced').mkdir(exist_ok=True)
+            shutil.move(path, out_dir / 'replaced' / path.name)
+    with keep_going('config.json'):
+        config = json.dumps(asdict(run.cfg), indent=2) + '\n'
+        replace_file(out_dir / 'config.json', lambda path: path.write_text(config))
+
+    def write_log(path):
+        with open(path, 'w', newline='') as f:
+            writer = csv.DictWriter(f, run.columns)
+            writer.writeheader()
+            writer.writerows(rows)
+
+    with keep_going('log.csv'):
+        replace_file(out_dir / 'log.csv', write_log)
+
+
+def read_log(out_dir):
+    with open(out_dir / 'log.csv', newline='') as f:
+        return [row for row in csv.DictReader(f) if None not in row.values()]  # the last may be cut
+
+
+def new_figure(width, height):
+    """A matplotlib figure that needs no screen, and in which a $ is a dollar sign."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    matplotlib.rcParams['text.parse_math'] = False
+    return Figure(figsize=(width, height), layout='constrained')
+
+
+def plot_log(run):
+    """log.csv -> loss.png: the losses, and below them what else the task measures."""
+    rows = read_log(run.out_dir)
+    panels = [('train_loss', 'val_loss')] + [(column,) for column in run.task.columns]
+    figure = new_figure(7, 3 + 1.5 * len(panels))
+    axes = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
+    for ax, columns in zip(axes, panels):
+        for column in columns:
+            seen = [row for row in rows if row[column]]
+            ax.plot([float(row['tokens']) / 1e6 for row in seen],
+                    [float(row[column]) for row in seen],
+                    marker='' if column == 'train_loss' else 'o', label=column.replace('_', ' '))
+        for it in run.task.phase_starts:
+            later = [float(row['tokens']) / 1e6 for row in rows if int(row['iter']) >= it]
+            if later:
+                ax.axvline(later[0], color='0.8', lw=1, zorder=0)
+        ax.set(xlabel='million tokens seen', ylabel='nats' if len(columns) == 2 else '')
+        ax.label_outer()
+        ax.grid(alpha=0.3)
+        ax.legend()
+    replace_file(run.out_dir / 'loss.png', lambda path: figure.savefig(path, format='png', dpi=120))
+
+# ------------------------------------------------------------------------------
+# The machine: the device, and the processes
+
+PEAK_FLOPS = {  # dense 16-bit, from NVIDIA's data sheets, by a part of the card's name
+    'H200 NVL': 835e12, 'H200': 989e12, 'H100 PCIe': 756e12, 'H100 NVL': 835e12, 'A100': 312e12,
+    'H100 80GB HBM3': 989e12, 'L40S': 362e12, 'V100-SXM2': 125e12, 'Tesla T4': 65e12}
+
+
+class Machine:
+    """The device, the precision of matrix products, and which of torchrun's processes this is."""
+
+    def __init__(self, device='auto', dtype='auto', many=False):
+        """many: whether there may be other processes beside this one. Raises UserError."""
+        self.rank, self.world, self.signals = 0, 1, []
+        if many and {'RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'} <= os.environ.keys():
+            self.rank, self.world = int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])
+        name = device
+        if device == 'auto':
+            name = torch.accelerator.current_accelerator() or 'cpu'
+        if str(name) == 'cuda' and self.world > 1:
+            name = f"cuda:{os.environ['LOCAL_RANK']}"
+        try:
+            self.device = torch.device(name)
+            torch.ones(1, device=self.device).item()
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(f'--device={device} cannot be used here: {str(error).splitlines()[0]}')
+
+        self.type, self.name, self.peak_flops, best = self.device.type, str(name), None, 'float32'
+        if self.type == 'cpu':
+            self.name = f'cpu, {torch.get_num_threads()} threads (OMP_NUM_THREADS=n sets them)'
+        if self.type == 'cuda':
+            torch.cuda.set_device(self.device)
+            torch.set_float32_matmul_precision('high')
+            self.name = torch.cuda.get_device_name()
+            best = 'bfloat16' if torch.cuda.get_device_capability() >= (8, 0) else 'float16'
+        self.dtype, self.autocast = best if dtype == 'auto' else dtype, nullcontext()
+        if self.dtype != 'float32':
+            self.autocast = torch.autocast(self.type, getattr(torch, self.dtype))
+            peaks = [flops for card, flops in PEAK_FLOPS.items() if card in self.name]
+            self.peak_flops = peaks[0] if peaks else None
+        if self.world > 1:
+            dist.init_process_group('nccl' if self.type == 'cuda' else 'gloo')
+
+    def say(self, words):
+        """Prints on the first process. A run goes on where nobody reads any more."""
+        try:
+            if self.rank == 0:
+                print(words, flush=True)
+        except OSError as error:
+            sys.stdout = open(os.devnull, 'w')
+            warn(f'nothing more is printed ({error}); the run goes on')
+
+    def sum(self, *numbers):
+        """The sums over all processes of some numbers. All wait here for the last."""
+        if self.world == 1:
+            return [float(number) for number in numbers]
+        total = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def asked_to_stop(self):
+        """The stop signal that any of the processes has received, or 0."""
+        mine = [number for number in self.signals if number in STOP]
+        n, = self.sum(len(mine))
+        return (mine or [signal.SIGTERM])[0] if n else 0
+
+    def asked_to_save(self):
+        n, = self.sum(self.signals.count(SAVE))
+        self.signals[:] = [number for number in self.signals if number != SAVE]
+        return n > 0
+
+    def to_device(self, *arrays):
+        tensors = [torch.from_numpy(array) for array in arrays]
+        if self.type == 'cuda':  # pinned, the copy runs while the GPU still computes
+            tensors = [t.pin_memory() for t in tensors]
+        return [t.to(self.device, non_blocking=self.type == 'cuda') for t in tensors]
+
+    def compiled(self, model, wanted):
+        """model, through torch.compile if wanted ('True', or 'auto' on CUDA) and possible."""
+        if wanted == 'False' or wanted == 'auto' and self.type != 'cuda':
+            return model
+        try:  # is there a compiler at all?
+            torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=self.device))
+            return torch.compile(model)
+        except Exception as error:  # whatever the compiler's many parts raise
+            warn(f'torch.compile does not work here ({type(error).__name__}): slower without it')
+            return model
+
+
+def launch(main):
+    """run_script, for a script that may be one of many processes."""
+    code = 0
+    try:
+        run_script(main)
+    except SystemExit as end:
+        code = end.code
+    # Here the exception is gone, and with it the frames that held the DDP model. Were that alive,
+    # destroying the process group could wait for ever.
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    raise SystemExit(code)
+
+# ------------------------------------------------------------------------------
+# Pre-training from the command line
+
+def make_model(cfg, checkpoint, tok):
+    """A new model, or the checkpoint's, its context perhaps stretched. Raises UserError."""
+    args = {key: getattr(cfg, key) for key in MODEL_KEYS}
+    args |= dict(vocab_size=padded_vocab_size(tok), meta_id=meta_token(tok))
+    if checkpoint is None:
+        if cfg.yarn_scale != 1:
+            raise UserError('--yarn_scale stretches a trained model: name it with --init_from=')
+        return build_model(args | dict(yarn_orig_block_size=cfg.block_size))
+
+    if tok.name != checkpoint['tokenizer']:
+        raise UserError(f'the data has tokens of {tok.name}, the checkpoint knows those of '
+                        f"{checkpoint['tokenizer']}: give the --dataset= of its tokenizer")
+    old = {'meta_pos': True} | checkpoint['model_args']
+    free = {'dropout'} if old['pos'] == 'ape' else {'dropout', 'yarn_scale', 'block_size'}
+    for key in MODEL_KEYS:
+        if args[key] != old[key] and key not in free:
+            why = ' (learned positions cannot be extended)' if key == 'block_size' else ''
+            raise UserError(f'--{key}={args[key]}: the checkpoint has {old[key]}, which stays{why}')
+    if args['yarn_scale'] != old['yarn_scale'] and old['yarn_scale'] == 1:
+        args['yarn_orig_block_size'] = old['block_size']
+    return build_model(old | args, checkpoint['model'])
+
+
+def make_stdlib(machine):
+    """data/stdlib, where it is missing."""
+    if Path('data/stdlib/train.bin').exists() or os.environ.get('LOCAL_RANK', '0') != '0':
+        return
+    machine.say("making data/stdlib, the source text of this Python's standard library")
+    try:
+        prepare(PrepareConfig(source='stdlib', tokenizer='bytes'))
+    except UserError:
+        if not Path('data/stdlib/train.bin').exists():  # else another run was quicker
+            raise
+
+
+def run_whole(run):
+    """A run from its first line to its last: finetune.py's, too."""
+    cfg, machine, out_dir = run.cfg, run.machine, run.out_dir
+    n_params = sum(p.numel() for p in run.model.parameters()) / 1e6
+    n_meta = sum(p.numel() for name, p in run.model.named_parameters() if 'meta' in name) / 1e6
+    machine.say(f'device  {machine.name}, {machine.dtype}, {machine.world} process(es)\n'
+                f'model   {n_params:.2f}M parameters, {n_meta:.2f}M of them for meta-attention\n'
+                f'{run.task.describe()}\n'
+                f'run     {out_dir}: {cfg.max_iters:,} steps of {rows_of_a_step(asdict(cfg))} rows')
+    if cfg.eval_only:
+        run.validate()
+        return
+    if machine.rank == 0:
+        open_folder(run)
+    fit(run)
+    if machine.rank == 0:
+        with keep_going('loss.png'):
+            plot_log(run)
+        text = run.task.sample(run.model)
+        machine.say(text)
+        with keep_going('sample.txt'):
+            (out_dir / 'sample.txt').write_text(text, encoding='utf-8')
+        written = '  '.join(name for name in RUN_FILES if (out_dir / name).exists())
+        machine.say(f'written to {out_dir}/: {written}\n'
+                    f'next    look at {out_dir}/loss.png\n{run.task.next_steps(out_dir)}')
+    machine.sum(0)  # the other processes wait for the first
 
 
 def main():
     cfg, given = parse_config(TrainConfig, PRESETS, doc=__doc__)
-    here = {'out_dir', 'preset', 'overwrite', 'eval_only', 'dtype', 'device', 'compile'}  # of this run; the rest a checkpoint brings along
-    cfg, checkpoint, out_dir = open_run(cfg, given, asdict(cfg).keys() - here)
-    machine = Machine(cfg)
-    n_meta, micros = meta_count(cfg.block_size, cfg.meta_rate), cfg.gradient_accumulation_steps
-    if n_meta >= cfg.block_size:
-        raise UserError(f'--meta_rate={cfg.meta_rate} leaves no room for text in a block of {cfg.block_size}')
-    if cfg.meta_attn and n_meta == 0:
-        raise UserError(f'meta-attention needs meta-tokens, and --meta_rate={cfg.meta_rate} puts none into a block of {cfg.block_size}: '
-                        'raise it, or add --meta_attn=False')
-    if os.environ.get('LOCAL_RANK', '0') == '0' and cfg.dataset == 'stdlib' and not Path('data/stdlib').exists():  # on every node
-        machine.say("making data/stdlib, the source text of this Python's standard library")
-        prepare(PrepareConfig(source='stdlib', tokenizer='bytes'))
-    machine.barrier()
+    own = {'preset', 'init_from', 'out_dir', 'overwrite', 'eval_only', 'device', 'dtype', 'compile'}
+    cfg, checkpoint, out_dir = open_run(cfg, given, asdict(cfg).keys() - own, PRESETS[cfg.preset])
+    machine = Machine(cfg.device, cfg.dtype, many=True)
+    if cfg.dataset == 'stdlib':
+        make_stdlib(machine)
+    machine.sum(0)  # the other processes wait for the data
     data = load_data(cfg.dataset)
-
+    task = Pretraining(cfg, machine, data)
     torch.manual_seed(cfg.seed)
     model = make_model(cfg, checkpoint, data.tok).to(machine.device)
-    train, val = (Blocks(tokens, cfg.block_size, cfg.meta_rate, meta_token(data.tok), seed, cfg.meta_placement)
-                  for tokens, seed in ((data.train, cfg.seed), (data.val, 0)))
-    if not (train.n_chunks and val.n_chunks):
-        raise UserError(f'data/{cfg.dataset} holds {len(data.train):,} train and {len(data.val):,} validation tokens, too few for one block of '
-                        f'{cfg.block_size}: lower --block_size')
-    bytes_per_token = token_bytes(data.tok)[data.val[:10_000_000]].mean()
-
-    n_params = sum(p.numel() for p in model.parameters())
-    n_new = sum(p.numel() for name, p in model.named_parameters() if 'meta' in name)
-    epochs = cfg.max_iters * micros * cfg.batch_size / train.n_chunks
-    machine.say(f"""device  {machine.name}{f' x {machine.world} processes' if machine.world > 1 else ''}, {machine.dtype}
-data    data/{cfg.dataset}: {len(data.train):,} train tokens ({data.tok.name}), {bytes_per_token:.2f} bytes a token
-model   {n_params / 1e6:.2f}M parameters, {n_new / 1e6:.2f}M of them for meta-attention
-step    {micros * cfg.batch_size * cfg.block_size:,} tokens: {micros} x {cfg.batch_size} rows of {cfg.block_size}, of which {n_meta} are meta-tokens
-run     {out_dir}: {cfg.max_iters:,} steps, {epochs:.2f} epochs{', so text is seen more than once' if epochs > 1 else ''}""")
-
-    def evaluate(model):
-        return validation_loss(model, val, cfg, machine, bytes_per_token, n_meta)
-
-    if cfg.eval_only:
-        machine.say(in_words(evaluate(model)))
-        return
-    fit(cfg, machine, model, checkpoint if cfg.init_from == 'resume' else None, out_dir,
-        lambda i: train.batch(i * cfg.batch_size, cfg.batch_size), evaluate, n_meta)
-    if machine.rank == 0:
-        text = sample_text(model, data.tok, cfg, machine)
-        (out_dir / 'sample.txt').write_text(text + '\n', encoding='utf-8')
-        plot_log(out_dir)
-        machine.say(f"""
-three samples:
-{text}
-
-written to {out_dir}/: config.json  log.csv  loss.png  sample.txt  ckpt.pt  best.pt
-next    look at {out_dir}/loss.png
-        train longer: python train.py --init_from=resume --out_dir={out_dir} --max_iters={2 * cfg.max_iters}
-        and without the idea, to compare: python train.py --meta_rate=0 --meta_attn=False --out_dir=out/plain""")
-    machine.barrier()
-
-
-def launch(main):
-    """prepare.run for a script that may be one of many processes."""
-    try:
-        run(main)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()  # not left to the interpreter's end, when its threads may still be running
+    run_whole(Run(cfg, machine, model, task, out_dir, checkpoint))
 
 
 if __name__ == '__main__':

@@ -20,26 +20,27 @@ import prepare  # noqa: E402
 
 @pytest.fixture
 def cli(tmp_path):
-    """cli('train.py', '--max_iters=5', ...) runs a script as a user would, in an empty folder; returns the finished process."""
+    """cli('train.py', '--max_iters=5', ...) runs a script as a user would, in an empty folder."""
     def call(script, *args, code=0, launcher=(), **environment):
         environment = {**os.environ, 'OMP_NUM_THREADS': '1', **environment}
-        result = subprocess.run([sys.executable, *launcher, str(ROOT / script), *args], cwd=tmp_path, env=environment,
-                                capture_output=True, text=True, timeout=240)
-        assert result.returncode == code, f'exit code {result.returncode}, not {code}\n{result.stdout}\n{result.stderr}'
+        command = [sys.executable, *launcher, str(ROOT / script), *args]
+        result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True,
+                                text=True, timeout=240)
+        assert result.returncode == code, f'{result.stdout}\n{result.stderr}'
         return result
     return call
 
 
 @pytest.fixture
 def inside(tmp_path, monkeypatch, capsys):
-    """Like cli, but in this process, which is quicker; returns what was printed to stdout and stderr."""
+    """Like cli, but in this process, which is quicker. Returns what was printed: .out and .err."""
     def call(script, *args, code=0):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, 'argv', [script, *args])
         monkeypatch.setattr(signal, 'signal', lambda *_: None)  # pytest keeps its own Ctrl-C
         capsys.readouterr()
         try:
-            prepare.run(importlib.import_module(script.removesuffix('.py')).main)
+            prepare.run_script(importlib.import_module(script.removesuffix('.py')).main)
             ended = 0
         except SystemExit as stop:
             ended = stop.code
@@ -51,9 +52,10 @@ def inside(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def refused(inside):
-    """refused('train.py', ...) is for what must fail: exit code 2 and one line on stderr, which it returns."""
+    """refused('train.py', ...) must fail: exit code 2, and one line on stderr, which it returns."""
     def call(*args):
-        lines = [line for line in inside(*args, code=2).err.splitlines() if line.strip() and '[00:' not in line]  # less a progress bar
+        lines = inside(*args, code=2).err.splitlines()
+        lines = [line for line in lines if line.strip() and '[00:' not in line]  # no progress bar
         assert len(lines) == 1, lines
         return lines[0]
     return call

@@ -1,25 +1,89 @@
-"""evaluate.py from the command line, its intervals and its sliding window."""
-import io
+"""evaluate.py: each measure against a slow one of its own, and every command line."""
 import json
 import math
+import shutil
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import evaluate
+import finetune
+import train
+from evaluate import Window
+from finetune import TASKS, grade, make_example
 from model import GPT, GPTConfig
-from prepare import inject_meta_tokens
+from prepare import Blocks, get_tokenizer, inject_meta_tokens, load_data
 from test_finetune import SMALL
-from train import Machine, TrainConfig
+from train import Machine
+
+TINY = ('--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=64', '--eval_iters=3',
+        '--warmup_iters=1', '--device=cpu')
+PNG = b'\x89PNG'
+MACHINE = Machine('cpu')
 
 
 def table(out, first):
-    """The rows of the markdown table whose heading starts with `first`: {(cells before the numbers): [cells]}"""
+    """The cells of the rows of the first markdown table below the words `first`."""
     lines = out[out.index(first):].splitlines()
-    start = next(n for n, line in enumerate(lines) if line.startswith('|'))
-    return [[cell.strip() for cell in line.split('|')[1:-1]] for line in lines[start:lines.index('', start) if '' in lines[start:] else None]]
+    rows = []
+    for line in lines:
+        if line.startswith('|'):
+            rows.append([cell.strip() for cell in line.split('|')[1:-1]])
+        elif rows:
+            break
+    return rows
 
+
+def read_json(path):
+    return json.loads(Path(path).read_text())
+
+
+def write_letters(folder, n_train, n_val):
+    """A data folder of eight letters at random."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for split, n in ('train', n_train), ('val', n_val):
+        rng.integers(97, 105, n).astype('<u2').tofile(folder / f'{split}.bin')
+    (folder / 'data.json').write_text(json.dumps({'tokenizer': 'bytes'}))
+
+
+@pytest.fixture(scope='module')
+def trained_once(tmp_path_factory):
+    """A folder with out/tiny and out/tiny-list_recall, small."""
+    folder = tmp_path_factory.mktemp('trained')
+    write_letters(folder / 'data/stdlib', 20_000, 4000)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, 'argv', ['train.py', *TINY, '--max_iters=5'])
+        train.main()
+        patch.setattr(sys, 'argv', ['finetune.py', '--max_iters=5', '--batch_size=8',
+                                    '--train_length=32', '--eval_examples=8', '--device=cpu'])
+        finetune.main()
+    return folder
+
+
+@pytest.fixture
+def trained(trained_once, tmp_path):
+    """Those two in the test's own folder."""
+    shutil.copytree(trained_once, tmp_path, dirs_exist_ok=True)
+
+
+def random_model(factor=5, **kwargs):
+    """With weights so large that attention is not uniform."""
+    torch.manual_seed(0)
+    settings = dict(block_size=32, vocab_size=64, n_layer=2, n_head=2, n_embd=16, meta_id=60)
+    model = GPT(GPTConfig(**settings | kwargs)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p *= factor
+    return model
+
+# ------------------------------------------------------------------------------
+# Intervals
 
 def test_wilson():
     """Against the tables of Wilson's interval: 8 of 10, 0 of 10, 1000 of 1000."""
@@ -28,448 +92,682 @@ def test_wilson():
     assert evaluate.wilson(1.0, 1000) == pytest.approx((0.99617, 1.0), abs=1e-5)
 
 
-def test_tasks(inside, refused, tmp_path):
+def test_bootstrap():
+    x = np.random.default_rng(0).normal(3.0, 1.0, (400, 2))
+    mean, low, high = evaluate.bootstrap(lambda rows: x[rows].mean(axis=0), 400)
+    assert mean == pytest.approx(x.mean(axis=0))
+    assert high - low == pytest.approx(2 * 1.96 * x.std(axis=0) / 20, rel=0.15)
+
+
+def test_verdict():
+    words = 'below', 'unsure', 'above'
+    for ends, word in ((-2, -1), 'below'), ((-1, 1), 'unsure'), ((1, 2), 'above'), \
+            ((np.nan, np.nan), 'unsure'):
+        assert evaluate.verdict((0, *ends), *words) == word
+
+# ------------------------------------------------------------------------------
+# tasks
+
+def test_tasks(inside, tmp_path):
+    """Two models, one also stretched, at three lengths. The APE model ends at 96 positions."""
+    tok = get_tokenizer('bytes')
     inside('finetune.py', *SMALL, '--out_dir=out/rope')
     inside('finetune.py', *SMALL, '--out_dir=out/ape', '--pos=ape', '--meta_attn=False')
-    out = inside('evaluate.py', 'tasks', '--ckpt=out/rope/best.pt,out/ape/best.pt', '--task=all', '--lengths=32,64,128', '--n_examples=30', '--yarn_scale=4', '--device=cpu').out
-    results = json.loads((tmp_path / 'out/rope/eval/tasks.json').read_text())
-    assert (tmp_path / 'out/rope/eval/tasks.png').read_bytes()[:4] == b'\x89PNG'
-    cells = {(c['task'], c['model'], c['meta_tokens'], c['length']): c for c in results['cells']}
-    assert len(cells) == len(results['cells']) == 4 * 3 * 9                     # the APE model ends at 96
-    assert {c['model'] for c in results['cells']} == {'rope', 'rope + YaRN x4', 'ape'}
-    assert {key for key, c in cells.items() if 'exact_match' not in c} == {(task, 'ape', words, 128) for task in evaluate.TASKS for words in evaluate.ZEROED.values()}
-    for c in (c for c in cells.values() if 'exact_match' in c):
-        assert 0 <= c['exact_match_95'][0] <= c['exact_match'] + 1e-9 and c['exact_match'] <= c['exact_match_95'][1] + 1e-9 <= 1 + 1e-8
-        assert c['exact_match'] <= c['token_accuracy'] + 1e-9
+    out = inside('evaluate.py', 'tasks', '--ckpt=out/rope/best.pt,out/ape/best.pt', '--task=all',
+                 '--lengths=32,64,128', '--n_examples=30', '--yarn_scale=4', '--device=cpu').out
+    folder = tmp_path / 'out/rope/eval'
+    assert (folder / 'tasks.png').read_bytes().startswith(PNG)
+    results = read_json(folder / 'tasks.json')['cells']
+    cells = {(c['task'], c['model'], c['meta_tokens'], c['length']): c for c in results}
+    assert len(cells) == len(results) == 4 * 3 * 9
+    assert {c['model'] for c in results} == {'rope', 'rope + YaRN x4', 'ape'}
+    for (task, model, words, length), c in cells.items():
+        assert ('exact_match' in c) == ((model, length) != ('ape', 128))
+        if 'exact_match' in c:
+            low, high = c['exact_match_95']
+            assert 0 <= low <= c['exact_match'] + 1e-9 and c['exact_match'] <= high + 1e-9
+            assert high <= 1 and c['exact_match'] <= c['token_accuracy'] + 1e-9
+
     rows = table(out, 'copying: exact match')
     assert rows[0] == ['model', 'meta-tokens', '32', '64', '128'] and len(rows) == 2 + 9
-    assert [row[4] for row in rows if row[0] == 'ape'] == ['-'] * 3 and 'learned positions (APE) end' in out
+    assert [row[4] for row in rows if row[0] == 'ape'] == ['-'] * 3
+    assert 'learned positions (APE) end' in out
+    full, = [row for row in rows if row[:2] == ['rope', 'full']]
     cell = cells['copying', 'rope', 'full', 64]
-    assert next(row for row in rows if row[:2] == ['rope', 'full'])[3].startswith(f"{100 * cell['exact_match']:.1f} ({100 * cell['exact_match_95'][0]:.1f}-")
-    assert '16 tokens: take a length of 19' in refused('evaluate.py', 'tasks', '--ckpt=out/rope/best.pt', '--lengths=16', '--device=cpu')
-    assert 'fewer examples' in refused('evaluate.py', 'tasks', '--ckpt=out/rope/best.pt', '--task=parity', '--lengths=20', '--n_examples=999', '--device=cpu')
+    percent, low = 100 * cell['exact_match'], 100 * cell['exact_match_95'][0]
+    assert full[3].startswith(f'{percent:.1f} ({low:.1f}-')
     rows = table(out, 'parity: token accuracy')
-    assert len(rows) == 2 + 9 and float(rows[2][2].split()[0]) == round(100 * cells['parity', 'rope', 'full', 32]['token_accuracy'], 1)
-    # the same again, for one model alone: the same examples
-    inside('evaluate.py', 'tasks', '--ckpt=out/ape/best.pt', '--task=parity', '--lengths=64', '--n_examples=30', '--device=cpu')
-    assert 'list_recall: exact match' in inside('evaluate.py', 'tasks', '--ckpt=out/rope/best.pt', '--lengths=32', '--n_examples=5', '--device=cpu').out   # its own task
-    again, = [c for c in json.loads((tmp_path / 'out/ape/eval/tasks.json').read_text())['cells'] if c['meta_tokens'] == 'full']
-    assert again == cells['parity', 'ape', 'full', 64]
+    cell = cells['parity', 'rope', 'full', 32]
+    assert len(rows) == 2 + 9
+    assert float(rows[2][2].split()[0]) == round(100 * cell['token_accuracy'], 1)
+
+    # the share that the best constant guess has
+    for task, length in (('parity', 32), ('copying', 64)):
+        answers = [answer for _, answer in evaluate.held_out(task, length, 30, tok, 'task')]
+        most = max(answers.count(answer) for answer in answers)
+        assert cells[task, 'rope', 'full', length]['guess'] == most / 30
+
+    # alone, a model is asked the same examples
+    inside('evaluate.py', 'tasks', '--ckpt=out/ape/best.pt', '--task=parity', '--lengths=64',
+           '--n_examples=30', '--device=cpu')
+    cell, *_ = read_json(tmp_path / 'out/ape/eval/tasks.json')['cells']
+    assert cell == cells['parity', 'ape', 'full', 64]
 
 
-def test_zeroing_and_token_accuracy_reach_the_model(monkeypatch):
+def test_tasks_asks_what_a_model_was_taught(inside, refused):
+    inside('finetune.py', *SMALL, '--task=copying', '--out_dir=out/a')
+    command = 'evaluate.py', 'tasks', '--ckpt=out/a/best.pt', '--device=cpu'
+    out = inside(*command, '--lengths=32', '--n_examples=5').out
+    assert 'copying: exact match' in out and 'list_recall' not in out
+    message = refused(*command, '--task=list_recall', '--lengths=20')
+    assert '20 tokens: take a length of 21' in message
+    parity = '--task=parity', '--lengths=20'
+    assert 'fewer examples' in refused(*command, *parity, '--n_examples=999')
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The prompts that `tasks` has asked."""
+    prompts = []
+
+    def recorded(model, rows, *args):
+        prompts.extend(prompt for prompt, _ in rows)
+        return grade(model, rows, *args)
+
+    monkeypatch.setattr(evaluate, 'grade', recorded)
+    return prompts
+
+
+@pytest.mark.parametrize('markers, n_marks', [('task', 2), ('none', 0), ('end', 2), ('old', 2)])
+def test_tasks_marks_prompts_as_the_model_was_taught(inside, asked, tmp_path, markers, n_marks):
+    """Checkpoints from before --markers have list recall's second mark at the end."""
+    given = 'task' if markers == 'old' else markers
+    inside('finetune.py', *SMALL, f'--markers={given}', '--max_iters=2', '--out_dir=out/a')
+    if markers == 'old':
+        path = tmp_path / 'out/a/best.pt'
+        checkpoint = torch.load(path, weights_only=True)
+        del checkpoint['config']['markers'], checkpoint['tokenizer']
+        torch.save(checkpoint, path)
+    command = '--ckpt=out/a/best.pt', '--n_examples=20', '--device=cpu'
+    inside('evaluate.py', 'tasks', *command, '--lengths=32')
+    assert len(asked) == 3 * 20
+    for prompt in asked:
+        assert prompt.count(257) == n_marks and (prompt[-1] == 257) == (markers in ('end', 'old'))
+
+    # other tasks are asked as they are
+    asked.clear()
+    inside('evaluate.py', 'tasks', *command, '--task=segment_counting', '--lengths=64')
+    assert {prompt.count(257) for prompt in asked} == {2}
+
+
+def test_rows_of_the_table_are_zeroed_as_they_say(inside, monkeypatch):
+    inside('finetune.py', *SMALL, '--max_iters=2', '--out_dir=out/a')
+    shares = {None: 0.0, 'position': 0.5, 'embedding': 1.0}
+
+    def graded(model, rows, width, tok, machine, zero_meta=None):
+        right, ones = np.arange(len(rows)) < shares[zero_meta] * len(rows), np.ones(len(rows))
+        return right, right * 1.0, ones, ones
+
+    monkeypatch.setattr(evaluate, 'grade', graded)
+    out = inside('evaluate.py', 'tasks', '--ckpt=out/a/best.pt', '--lengths=64',
+                 '--n_examples=40', '--device=cpu').out
+    rows = table(out, 'list_recall: exact')[2:]
+    found = [(row[1], row[2].split()[0]) for row in rows]
+    assert found == [('full', '0.0'), ('zero position', '50.0'), ('zero embedding', '100.0')]
+
+
+def test_zeroing_reaches_the_model():
     """One example graded by hand, for each way to zero."""
-    from finetune import grade, make_example
-    from prepare import get_tokenizer
-    tok, machine = get_tokenizer('bytes'), Machine(TrainConfig(device='cpu'))
-    torch.manual_seed(1)
-    model = GPT(GPTConfig(block_size=96, vocab_size=320, n_layer=2, n_head=2, n_embd=32, meta_id=257)).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p *= 4
+    tok = get_tokenizer('bytes')
+    model = random_model(4, block_size=96, vocab_size=320, n_embd=32, meta_id=257)
     prompt, answer = make_example('copying', 40, np.random.default_rng(0), tok)
-    nats = set()
-    for zero in evaluate.ZEROED:
-        logits = model.lm_head(model.hidden(torch.tensor([prompt + answer]), zero_meta=zero))[0, len(prompt) - 1:-1, :257]
-        expected = torch.nn.functional.cross_entropy(logits, torch.tensor(answer), reduction='sum').item()
-        assert grade(model, [(prompt, answer)], 60, tok, machine, zero)[2][0] == pytest.approx(expected, rel=1e-4)
-        nats.add(round(expected, 3))
-    assert len(nats) == 3
+    idx, wanted = torch.tensor([prompt + answer]), torch.tensor(answer)
+    seen = set()
+    for zero_meta in evaluate.ZEROED.values():
+        with torch.no_grad():
+            logits = model.lm_head(model.hidden(idx, zero_meta))[0, len(prompt) - 1:-1, :257]
+        expected = F.cross_entropy(logits, wanted, reduction='sum').item()
+        *_, nats = grade(model, [(prompt, answer)], 60, tok, MACHINE, zero_meta)
+        assert nats[0] == pytest.approx(expected, rel=1e-4)
+        seen.add(round(expected, 3))
+    assert len(seen) == 3
 
+# ------------------------------------------------------------------------------
+# perplexity
 
-@pytest.mark.parametrize('rate, T, stride, n', [(0, 16, 8, 100), (0.25, 16, 5, 100), (0.1, 20, 18, 300), (0, 16, 4, 9), (0.25, 16, 8, 2)])
-def test_window_losses_are_the_slow_ones(rate, T, stride, n):
-    """Each token once, in the first window that reaches it, with the loss that a window of its own gives it."""
+@pytest.mark.parametrize('n_meta, T, stride, n', [
+    (0, 16, 8, 100), (4, 16, 5, 100), (2, 20, 18, 300), (0, 16, 4, 9), (4, 16, 8, 2)])
+def test_window_losses_are_the_slow_ones(n_meta, T, stride, n):
+    """
+    Each token is scored once, in the first window that reaches it, with the loss that this window
+    gives it: token by token, from the tokens before it.
+    """
     torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=T, vocab_size=64, n_layer=2, n_head=2, n_embd=16, meta_id=60)).eval()
+    config = GPTConfig(block_size=T, vocab_size=64, n_layer=2, n_head=2, n_embd=16, meta_id=60)
+    model, W = GPT(config).eval(), T - n_meta
     tokens = np.random.default_rng(0).integers(0, 60, n)
-    W = T - round(rate * T)
-    seen, total = [], 0.0
-    for nats, scored in evaluate.window_losses(model, tokens, T, stride, rate, 3, Machine(TrainConfig(device='cpu'))):
-        assert nats.shape == scored.shape and not np.isnan(nats[scored]).any() and (~np.isnan(nats)).sum(1).max() <= W
+    window, seen, total = Window(T, n_meta, stride, 'random'), [], 0.0
+    for nats, scored in evaluate.window_losses(model, tokens, window, 3, MACHINE):
+        assert nats.shape == scored.shape and not np.isnan(nats[scored]).any()
+        assert (~np.isnan(nats)).sum(axis=1).max() <= W
         seen.append(scored.sum())
         total += nats[scored].sum()
     assert sum(seen) == n - 1 and seen[0] >= min(W, n - 1)
-    # directly: one window after the other, one token after the other
-    starts, start = [], 0
-    while True:
-        starts.append(min(start, max(n - 1 - W, 0)))
-        if start >= n - 1 - W:
-            break
-        start += stride
+
     rng, expected, reached = np.random.default_rng(0), 0.0, 0
-    for start in starts:
-        text = np.append(tokens[start:start + W + 1], np.full(max(start + W + 1 - n, 0), tokens[-1]))
-        idx = evaluate.inject_meta_tokens(text[None], rate, 60, rng, T)[0][0]
-        place, given = start - 1, []
+    for start in window_starts(n - 1 - W, stride):
+        beyond = max(start + W + 1 - n, 0)
+        text = np.append(tokens[start:start + W + 1], np.full(beyond, tokens[-1]))
+        idx = inject_meta_tokens(text[None], n_meta, 60, rng)[0][0]
+        place = start - 1                                       # of the text token read last
         for t, token in enumerate(idx):
-            given.append(int(token))
             place += token != 60
-            follows = t + 1 == T or idx[t + 1] != 60
-            if follows and place + 1 < n and place + 1 > max(reached, start):
-                logits = model.lm_head(model.hidden(torch.tensor([given])))[0, -1]
+            text_follows = t + 1 == T or idx[t + 1] != 60
+            if text_follows and max(reached, start) < place + 1 < n:
+                logits = model(torch.from_numpy(idx[None, :t + 1]))[0][0, 0]
                 expected -= logits.log_softmax(-1)[tokens[place + 1]].item()
         reached = min(start + W, n - 1)
     assert reached == n - 1 and total == pytest.approx(expected, rel=1e-4)
 
 
-def test_zeroed_rows_of_the_table_are_zeroed(inside, tmp_path, monkeypatch):
-    inside('finetune.py', *SMALL, '--out_dir=out/a')
-
-    def grade(model, rows, width, tok, machine, zero_meta=None):
-        right = np.full(len(rows), {None: 0, 'position': 0.5, 'embedding': 1}[zero_meta]) > np.linspace(0, 0.99, len(rows))
-        return right, right * 3.0, right * 0.0
-    monkeypatch.setattr(evaluate, 'grade', grade)
-    rows = table(inside('evaluate.py', 'tasks', '--ckpt=out/a/best.pt', '--lengths=64', '--n_examples=40', '--device=cpu').out, 'list_recall: exact')
-    assert [(row[1], row[2].split()[0]) for row in rows[2:]] == [('full', '0.0'), ('zero position', '50.0'), ('zero embedding', '100.0')]
+def window_starts(last, stride):
+    """0, stride, 2 * stride, ... and the last, which ends with the text."""
+    starts, start = [], 0
+    while start < last:
+        starts.append(start)
+        start += stride
+    return starts + [max(last, 0)]
 
 
-def test_perplexity(inside, refused, tmp_path, monkeypatch):
-    data = tmp_path / 'data/stdlib'
-    data.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    for split, n in ('train', 4000), ('val', 900):
-        rng.integers(97, 105, n).astype('<u2').tofile(data / f'{split}.bin')
-    (data / 'data.json').write_text(json.dumps({'tokenizer': 'bytes'}))
+@pytest.fixture
+def perplexity(inside, tmp_path):
+    """perplexity('--text=books') -> the results of its file, and what was printed."""
+    def call(*args, run='tiny', name='stdlib'):
+        out = inside('evaluate.py', 'perplexity', f'--ckpt=out/{run}/best.pt', '--device=cpu',
+                     *args).out
+        return read_json(tmp_path / f'out/{run}/eval/perplexity-{name}.json')['results'], out
+    return call
+
+
+def test_perplexity(inside, perplexity, tmp_path):
+    """Of eight letters at random: about 8, in each part of the window, too."""
+    write_letters(tmp_path / 'data/stdlib', 4000, 900)
+    inside('train.py', *TINY, '--max_iters=60')
+    results, out = perplexity('--max_tokens=0')
+    assert (tmp_path / 'out/tiny/eval/perplexity-stdlib.png').read_bytes().startswith(PNG)
+    assert [r['n_meta'] for r in results] == [0, 6]
+    for r in results:
+        assert r['scored_tokens'] == 899 and r['stride'] == 32
+        assert 7.5 < r['perplexity'] < 10
+        assert r['bits_per_byte'] == pytest.approx(math.log2(r['perplexity']))
+        assert len(r['perplexity_by_position']) == 8
+        for part in r['perplexity_by_position']:
+            assert 7 < part < 12
+        assert f"{r['perplexity']:.4f}" in out and f"| {r['windows']} |" in out
+
+
+def test_perplexity_of_a_stretched_model_on_files(trained, perplexity, tmp_path):
     (tmp_path / 'books').mkdir()
     (tmp_path / 'books/a.txt').write_text('abcdefgh' * 40)
     (tmp_path / 'books/b.txt').write_text('hgfedcba' * 60)
-    args = ('--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=64', '--max_iters=60', '--eval_iters=3', '--device=cpu', '--warmup_iters=5')
-    inside('train.py', *args)
-    out = inside('evaluate.py', 'perplexity', '--max_tokens=0', '--device=cpu').out
-    results = json.loads((tmp_path / 'out/tiny/eval/perplexity.json').read_text())['results']
-    assert (tmp_path / 'out/tiny/eval/perplexity.png').read_bytes()[:4] == b'\x89PNG'
-    assert [r['meta_rate'] for r in results] == [0, 0.1] and {r['scored_tokens'] for r in results} == {899} and {r['stride'] for r in results} == {32}
-    for r in results:
-        assert 7.5 < r['perplexity'] < 10                                       # eight letters at random; and on the whole 8 in each part of the window
-        assert r['bits_per_byte'] == pytest.approx(math.log2(r['perplexity']))
-        assert all(7 < p < 12 for p in r['perplexity_by_position']) and r['positions'] == [8 * n for n in range(8)]
-        assert f"{r['perplexity']:.4f}" in out and f"| {r['windows']} |" in out
-    out = inside('evaluate.py', 'perplexity', '--text=books', '--block_size=128', '--stride=32', '--yarn_scale=2', '--max_tokens=400', '--device=cpu').out
-    results = json.loads((tmp_path / 'out/tiny/eval/perplexity.json').read_text())['results']
-    assert [r['model'] for r in results] == ['tiny', 'tiny', 'tiny + YaRN x2', 'tiny + YaRN x2'] and {r['scored_tokens'] for r in results} == {400}
-    assert '2 documents' in out and len({r['perplexity'] for r in results}) == 4
-    inside('train.py', *args, '--pos=ape', '--meta_attn=False', '--meta_rate=0', '--out_dir=out/ape', '--max_iters=2')
-    inside('evaluate.py', 'perplexity', '--ckpt=out/ape/best.pt', '--device=cpu')
-    assert [r['meta_rate'] for r in json.loads((tmp_path / 'out/ape/eval/perplexity.json').read_text())['results']] == [0]
-    assert 'end at 64' in refused('evaluate.py', 'perplexity', '--ckpt=out/ape/best.pt', '--block_size=65')
-    assert '--stride=60' in refused('evaluate.py', 'perplexity', '--stride=60')
-    assert '--block_size=1 ' in refused('evaluate.py', 'perplexity', '--block_size=1')
-    assert 'yarn_scale=0.5' in refused('evaluate.py', 'perplexity', '--yarn_scale=0.5')
-    assert (message := refused('evaluate.py', 'perplexity', '--text=nowhere.txt')).endswith('.parquet)') and '--text=nowhere.txt: nothing there' in message
-    inside('train.py', *args, '--meta_rate=0.6', '--meta_placement=periodic', '--out_dir=out/many', '--max_iters=2')
-    placements = []
-    monkeypatch.setattr(evaluate, 'inject_meta_tokens', lambda *args: (placements.append(args[5]), inject_meta_tokens(*args))[1])
-    inside('evaluate.py', 'perplexity', '--ckpt=out/many/best.pt', '--max_tokens=0', '--device=cpu')
-    results = json.loads((tmp_path / 'out/many/eval/perplexity.json').read_text())['results']
-    assert {r['scored_tokens'] for r in results} == {899} and [r['stride'] for r in results] == [32, 26] and set(placements) == {'periodic'}
+    results, out = perplexity('--text=books', '--block_size=128', '--stride=32',
+                              '--yarn_scale=2', '--max_tokens=400', name='books')
+    assert [r['model'] for r in results] == ['tiny'] * 2 + ['tiny + YaRN x2'] * 2
+    assert {r['scored_tokens'] for r in results} == {400} and '2 documents' in out
+    assert len({r['perplexity'] for r in results}) == 4
 
+
+def test_perplexity_keeps_what_it_found_on_another_text(trained, perplexity, tmp_path):
+    (tmp_path / 'book.txt').write_text('abcdefgh' * 40)
+    (tmp_path / 'poems').mkdir()
+    (tmp_path / 'poems/a.txt').write_text('hgfedcba' * 40)
+    eval_folder = tmp_path / 'out/tiny/eval'
+    perplexity()
+    before = (eval_folder / 'perplexity-stdlib.json').read_bytes()
+    perplexity('--text=book.txt', name='book')
+    perplexity('--text=poems/*.txt', name='text')
+    files = {path.name for path in eval_folder.iterdir()}
+    assert files == {f'perplexity-{name}.{kind}' for name in ('stdlib', 'book', 'text')
+                     for kind in ('json', 'png')}
+    assert (eval_folder / 'perplexity-stdlib.json').read_bytes() == before
+
+
+def test_perplexity_places_meta_tokens_as_in_training(inside, perplexity, tmp_path, monkeypatch):
+    """The stride is half of the window, but no more than its text."""
+    write_letters(tmp_path / 'data/stdlib', 4000, 900)
+    inside('train.py', *TINY, '--max_iters=2', '--meta_rate=0.6', '--meta_placement=periodic')
+    placements = set()
+
+    def recorded(text, n_meta, meta_id, rng, placement):
+        placements.add(placement)
+        return inject_meta_tokens(text, n_meta, meta_id, rng, placement)
+
+    monkeypatch.setattr(evaluate, 'inject_meta_tokens', recorded)
+    results, _ = perplexity('--max_tokens=0')
+    assert placements == {'periodic'}
+    assert [(r['scored_tokens'], r['stride']) for r in results] == [(899, 32), (899, 26)]
+
+
+def test_perplexity_of_learned_positions(inside, refused, perplexity, tmp_path):
+    write_letters(tmp_path / 'data/stdlib', 4000, 900)
+    inside('train.py', *TINY, '--max_iters=2', '--pos=ape', '--meta_attn=False', '--meta_rate=0')
+    results, _ = perplexity()
+    assert [r['n_meta'] for r in results] == [0]
+    assert 'end at 64' in refused('evaluate.py', 'perplexity', '--block_size=65')
+
+
+def test_perplexity_refuses_what_cannot_be_measured(refused, trained, tmp_path):
+    command = 'evaluate.py', 'perplexity', '--device=cpu'
+    assert '--stride=60' in refused(*command, '--stride=60')
+    assert '--block_size=1 ' in refused(*command, '--block_size=1')
+    assert 'yarn_scale=0.5' in refused(*command, '--yarn_scale=0.5')
+    message = refused(*command, '--text=nowhere.txt')
+    assert '--text=nowhere.txt: nothing there' in message and message.endswith('.parquet)')
+    (tmp_path / 'short.txt').write_text('a')
+    assert 'no text of two tokens' in refused(*command, '--text=short.txt')
+
+
+def test_perplexity_of_damaged_weights_is_refused(refused, trained, tmp_path):
+    path = tmp_path / 'out/tiny/best.pt'
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint['model']['transformer.ln_f.weight'][0] = math.nan
+    torch.save(checkpoint, path)
+    message = refused('evaluate.py', 'perplexity', '--device=cpu')
+    assert 'tiny is nan' in message and 'damaged' in message
+    assert not (tmp_path / 'out/tiny/eval').exists()
 
 # ------------------------------------------------------------------------------
 # Inside the model
 
-@pytest.fixture
-def trained(inside, tmp_path):
-    """out/tiny and out/tiny-list_recall, small."""
-    data = tmp_path / 'data/stdlib'
-    data.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    for split, n in ('train', 20000), ('val', 4000):
-        rng.integers(97, 105, n).astype('<u2').tofile(data / f'{split}.bin')
-    (data / 'data.json').write_text(json.dumps({'tokenizer': 'bytes'}))
-    inside('train.py', '--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=64', '--max_iters=5', '--eval_iters=3', '--device=cpu', '--warmup_iters=1')
-    inside('finetune.py', '--max_iters=5', '--batch_size=8', '--train_length=32', '--eval_examples=8', '--device=cpu')
-
-
-def random_model(**kwargs):
-    """With weights large enough that attention is not uniform."""
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(**{**dict(block_size=32, vocab_size=64, n_layer=2, n_head=2, n_embd=16, meta_id=60), **kwargs})).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p *= 5
-    return model
-
-
 @pytest.mark.parametrize('pos', ['rope', 'ape'])
 @pytest.mark.parametrize('zero_meta', [None, 'position', 'embedding'])
 def test_the_readable_attention_is_the_fast_one(pos, zero_meta):
-    model, idx = random_model(pos=pos), torch.randint(62, (3, 20), generator=torch.Generator().manual_seed(0)).clamp(max=60)
+    model = random_model(pos=pos)
+    idx = torch.randint(62, (3, 20), generator=torch.Generator().manual_seed(0)).clamp(max=60)
     seen = evaluate.look_inside(model, idx, zero_meta)
     assert len(seen) == 2
-    for block, (attn, args, x) in zip(model.transformer.h, seen):
+    for block, (attn, inputs, x) in zip(model.transformer.h, seen):
         assert attn is block.attn
-        weights = evaluate.attention_logits(attn, *args).softmax(-1)
+        weights = evaluate.attention_logits(attn, *inputs).softmax(-1)
         assert torch.equal(weights, weights.tril())
-        v = attn.qkv(*args)[2]
-        assert torch.allclose(attn.project(weights @ v), attn(*args), atol=1e-5)
-    assert torch.allclose(model.transformer.ln_f(seen[-1][2]), model.hidden(idx, zero_meta), atol=1e-5)
-    assert not model.transformer.h[0].attn._forward_pre_hooks and not model.transformer.h[0]._forward_hooks
+        _, _, v = attn.qkv(*inputs)
+        assert torch.allclose(attn.project(weights @ v), attn(*inputs), atol=1e-5)
+        assert not block._forward_hooks and not attn._forward_pre_hooks
+    end = model.transformer.ln_f(seen[-1].x)
+    assert torch.allclose(end, model.hidden(idx, zero_meta), atol=1e-5)
+
+
+def tiny_rows():
+    """The model of out/tiny, and the six rows of text that its tests are measured on."""
+    m = evaluate.load_one('out/tiny/best.pt', MACHINE)
+    blocks = Blocks(load_data('stdlib').val, 64, 6, 257, 0)
+    return m.model, torch.from_numpy(blocks.batch(0, 6)[0])
 
 
 def test_sharpening(inside, trained, tmp_path):
+    """Against entropies taken row by row and token by token, in the last layer's second head."""
     out = inside('evaluate.py', 'sharpening', '--n_rows=6', '--device=cpu').out
-    result = json.loads((tmp_path / 'out/tiny/eval/sharpening.json').read_text())['change']
-    assert (tmp_path / 'out/tiny/eval/sharpening.png').read_bytes()[:4] == b'\x89PNG'
-    # the same, slowly: row by row, token by token
-    from prepare import Blocks, load_data
-    m, = evaluate.load_models('out/tiny/best.pt', Machine(TrainConfig(device='cpu')))
-    idx = torch.from_numpy(Blocks(load_data('stdlib').val, 64, 0.1, 257, 0).batch(0, 6)[0])
-    entropies = {'as is': [], 'zeroed': [], 'removed': []}
-    for row in idx:
-        for case, ids, zero_meta in ('as is', row, None), ('zeroed', row, 'embedding'), ('removed', row[row != 257], None):
-            attn, args, _ = evaluate.look_inside(m.model, ids[None], zero_meta)[1]                       # of the second layer, second head
-            p = evaluate.attention_logits(attn, *args).softmax(-1)[0, 1]
-            text = [t for t, i in enumerate(ids) if i != 257][1:]
-            entropies[case].append(np.mean([-sum(float(x) * math.log(x) for x in p[t] if x > 0) for t in text]))
-    result = {(r['of'], r['against']): r for r in result}
-    for case, words in ('zeroed', 'zeroed embeddings'), ('removed', 'the text without them'):
-        r, expected = result['entropy', words], np.mean(entropies['as is']) - np.mean(entropies[case])
-        assert r['by_layer_and_head']['mean'][1][1] == pytest.approx(expected, abs=1e-5)
-        assert r['low'] <= r['mean'] <= r['high'] and r['mean'] == pytest.approx(np.mean(r['by_layer_and_head']['mean']))
-    assert len(result) == 4 and out.count('the paper: it') == 4
-    # more keys, so higher entropy, in a model that has learned next to nothing
-    assert result['entropy', 'the text without them']['mean'] > 0.05
-    assert 'entropy against the text without them: +0.' in out and 'it rises; the paper: it falls' in out
+    assert (tmp_path / 'out/tiny/eval/sharpening.png').read_bytes().startswith(PNG)
+    results = read_json(tmp_path / 'out/tiny/eval/sharpening.json')['change']
+    assert len(results) == 4 and out.count('the paper: it') == 4
+    results = {(r['of'], r['against']): r for r in results}
+
+    model, idx = tiny_rows()
+    as_is = [slow_entropy(model, row) for row in idx]
+    others = {'zeroed embeddings': [slow_entropy(model, row, 'embedding') for row in idx],
+              'the text without them': [slow_entropy(model, row[row != 257]) for row in idx]}
+    for against, other in others.items():
+        r = results['entropy', against]
+        by_head = r['by_layer_and_head']['mean']
+        assert by_head[1][1] == pytest.approx(np.mean(as_is) - np.mean(other), abs=1e-5)
+        assert r['low'] <= r['mean'] <= r['high'] and r['mean'] == pytest.approx(np.mean(by_head))
+
+    # with more keys the entropy is higher in a model that has learned next to nothing
+    assert results['entropy', 'the text without them']['mean'] > 0.05
+    assert 'entropy against the text without them: +0.' in out
+    assert 'it rises; the paper: it falls' in out
+
+
+def slow_entropy(model, ids, zero_meta=None):
+    """The mean entropy of the last layer's second head at the text tokens but the first."""
+    seen, entropies = evaluate.look_inside(model, ids[None], zero_meta)[1], []
+    p = evaluate.attention_logits(seen.attn, *seen.inputs).softmax(-1)[0, 1]
+    for t in [t for t, i in enumerate(ids) if i != 257][1:]:
+        entropies.append(-sum(float(x) * math.log(x) for x in p[t] if x > 0))
+    return np.mean(entropies)
 
 
 def test_caching(inside, trained, tmp_path):
-    out = inside('evaluate.py', 'caching', '--n_rows=6', '--device=cpu').out
-    result = json.loads((tmp_path / 'out/tiny/eval/caching.json').read_text())
-    assert (tmp_path / 'out/tiny/eval/caching.png').read_bytes()[:4] == b'\x89PNG'
-    from prepare import Blocks, load_data
-    m, = evaluate.load_models('out/tiny/best.pt', Machine(TrainConfig(device='cpu')))
-    idx = torch.from_numpy(Blocks(load_data('stdlib').val, 64, 0.1, 257, 0).batch(0, 6)[0])
-    at_one, looked = {'meta': [], 'text': []}, []
-    for row in idx:                                                             # cosine with the token just before, if that is text
-        attn, args, x = evaluate.look_inside(m.model, row[None])[1]
-        pairs = {'meta': [], 'text': []}
-        for t in range(1, 64):
-            if row[t - 1] != 257:
-                pairs['meta' if row[t] == 257 else 'text'].append(torch.cosine_similarity(x[0, t], x[0, t - 1], dim=0).item())
-        weights = evaluate.attention_logits(attn, *args).softmax(-1)[0].mean(0)
-        looked.append(np.mean([weights[t][row == 257].sum().item() for t in range(64) if row[t] != 257]))
-        for kind, values in pairs.items():
-            at_one[kind] += values
-    assert result['distance'][0] == 1
-    for kind in at_one:
-        assert result['curves'][kind]['mean'][1][0] == pytest.approx(np.mean(at_one[kind]), abs=1e-5)
-    assert result['attention_to_meta']['mean'][1] == pytest.approx(np.mean(looked), abs=1e-5)
-    # fading, slowly: all pairs of all rows, near less far
-    sums, counts = np.zeros((2, 2)), np.zeros((2, 2))                           # (meta or text, near or far)
+    """Against cosines and attention taken pair by pair, after the last block."""
+    inside('evaluate.py', 'caching', '--n_rows=6', '--device=cpu')
+    assert (tmp_path / 'out/tiny/eval/caching.png').read_bytes().startswith(PNG)
+    result = read_json(tmp_path / 'out/tiny/eval/caching.json')
+    model, idx = tiny_rows()
+    next_to, near, far, looked = ([], []), ([], []), ([], []), []  # ([at meta-tokens], [at text])
     for row in idx:
-        x = torch.nn.functional.normalize(evaluate.look_inside(m.model, row[None])[1][2][0], dim=-1)
+        seen = evaluate.look_inside(model, row[None])[1]
+        cosines = slow_cosines(seen.x[0])
         for t in range(64):
-            for d in [d for d in range(1, t + 1) if row[t - d] != 257 and (d <= 4 or d >= 8)]:
-                place = int(row[t] != 257), int(d >= 8)
-                sums[place] += (x[t] @ x[t - d]).item()
-                counts[place] += 1
-    near, far = (sums / counts).T
-    assert [layers[1] for layers in result['fading']['mean']] == pytest.approx((near - far).tolist(), abs=1e-5)
+            for s in range(t):
+                if row[s] != 257:
+                    kind = int(row[t] != 257)
+                    if t - s == 1:
+                        next_to[kind].append(cosines[t, s])
+                    if t - s <= 4:
+                        near[kind].append(cosines[t, s])
+                    if t - s >= 8:
+                        far[kind].append(cosines[t, s])
+        weights = evaluate.attention_logits(seen.attn, *seen.inputs).softmax(-1)[0].mean(0)
+        at_text = [weights[t][row == 257].sum().item() for t in range(64) if row[t] != 257]
+        looked.append(np.mean(at_text))
+    assert result['distance'][0] == 1
+    for kind in 0, 1:
+        found = result['curves']['mean'][kind][1][0]
+        assert found == pytest.approx(np.mean(next_to[kind]), abs=1e-5)
+        fading = np.mean(near[kind]) - np.mean(far[kind])
+        assert result['fading']['mean'][kind][1] == pytest.approx(fading, abs=1e-5)
+    assert result['attention_to_meta']['mean'][1] == pytest.approx(np.mean(looked), abs=1e-5)
+
+
+def slow_cosines(x):
+    """x (T, C) -> (T, T), one pair after the other."""
+    return np.array([[torch.cosine_similarity(a, b, dim=0).item() for b in x] for a in x])
 
 
 def test_equal_states_do_not_fade(inside, trained, monkeypatch):
     """Where every cosine is 1, rows that lack some distance must not look like fading."""
-    monkeypatch.setattr(torch.nn.functional, 'normalize', lambda x, dim: torch.eye(x.shape[-1])[0].expand(x.shape))
+    def all_alike(x, dim):
+        return torch.eye(x.shape[-1])[0].expand(x.shape)
+
+    monkeypatch.setattr(torch.nn.functional, 'normalize', all_alike)
     out = inside('evaluate.py', 'caching', '--n_rows=6', '--device=cpu').out
-    assert '| +0.000 (+0.000 to +0.000) | +0.000 (+0.000 to +0.000) |' in out and 'neither fades nor grows' in out
+    nothing = '+0.000 (+0.000 to +0.000)'
+    assert f'| {nothing} | {nothing} |' in out and 'neither fades nor grows' in out
+
+# ------------------------------------------------------------------------------
+# rate_distortion
+
+BOTTLENECKS = ('--n_train=300', '--n_test=60', '--n_betas=3', '--n_seeds=2', '--n_steps=60',
+               '--device=cpu')
 
 
-def test_verdict_and_bootstrap():
-    assert [evaluate.verdict((0, *pair), 'abc') for pair in ((-2, -1), (-1, 1), (1, 2), (np.nan, np.nan))] == ['a', 'b', 'c', 'b']
-    x = np.random.default_rng(0).normal(3.0, 1.0, (400, 2))
-    mean, low, high = evaluate.bootstrap(lambda rows: x[rows].mean(axis=0), 400)
-    assert mean == pytest.approx(x.mean(axis=0)) and (high - low) == pytest.approx(2 * 1.96 * x.std(axis=0) / 20, rel=0.15)
+@pytest.mark.parametrize('run, n_classes', [('tiny-list_recall', 20), ('tiny', 8)])
+def test_rate_distortion(inside, trained, tmp_path, run, n_classes):
+    out = inside('evaluate.py', 'rate_distortion', f'--ckpt=out/{run}/best.pt', *BOTTLENECKS).out
+    folder = tmp_path / 'out' / run / 'eval'
+    assert (folder / 'rate_distortion.png').read_bytes().startswith(PNG)
+    result = read_json(folder / 'rate_distortion.json')
+    assert out.count('lower at equal rate: ') == 2 and len(result['curves']) == 3
+    assert result['n_classes'] >= n_classes and f"{result['n_classes']} classes" in out
+    for curve in result['curves'].values():
+        rate, low, high = (curve['rate'][key] for key in ('mean', 'low', 'high'))
+        assert len(rate) == 3 and min(rate) >= 0 and rate[0] > rate[2]
+        assert (np.array(low) <= rate).all() and (rate <= np.array(high)).all()
+    assert ('a space, then' in out) == ('list_recall' in run)
 
 
-def test_rate_distortion(inside, trained, tmp_path):
-    args = ('--n_train=300', '--n_test=60', '--n_betas=3', '--n_seeds=2', '--n_steps=60', '--device=cpu')
-    for ckpt, classes in ('out/tiny-list_recall/best.pt', 20), ('out/tiny/best.pt', 8):
-        out = inside('evaluate.py', 'rate_distortion', f'--ckpt={ckpt}', *args).out
-        result = json.loads((tmp_path / ckpt).with_name('eval').joinpath('rate_distortion.json').read_text())
-        assert out.count('lower at equal rate: ') == 2 and len(result['curves']) == 3
-        for curve in result['curves'].values():
-            rate = curve['rate']['mean']
-            assert len(rate) == 3 and min(rate) >= 0 and rate[0] > rate[2]
-            assert all(low <= r <= high for low, r, high in zip(curve['rate']['low'], rate, curve['rate']['high']))
-        assert ('a space, then' in out) == ('list_recall' in ckpt)
-        assert int(out.split(' classes')[0].split()[-1]) >= classes
+def test_states_are_those_at_the_last_tokens(trained, tmp_path, monkeypatch):
+    """Of prompts of many lengths in one batch, against one prompt at a time."""
+    monkeypatch.chdir(tmp_path)
+    ckpt = 'out/tiny-list_recall/best.pt'
+    m = evaluate.load_one(ckpt, MACHINE, with_meta_tokens=False)
+    with torch.no_grad():
+        states, y = evaluate.bottleneck_states(m, 12, 'test', ckpt, 'cpu')
+    pairs = evaluate.bottleneck_prompts(m, 12, 'test', ckpt)
+    assert len({len(prompt) for prompt, _ in pairs}) > 1
+    for n, (prompt, answer) in enumerate(pairs):
+        ids = np.array(prompt)
+        at_meta = np.flatnonzero(ids == 257)[-1]
+        expected = {evaluate.META_CURVE: (at_meta, None),
+                    evaluate.ZEROED_CURVE: (at_meta, 'position'),
+                    evaluate.TEXT_CURVE: (np.flatnonzero(ids != 257)[-1], None)}
+        for curve, (place, zero_meta) in expected.items():
+            x = m.model.hidden(torch.tensor([prompt]), zero_meta)[0, place]
+            assert torch.allclose(states[curve][n], x, atol=1e-5)
+        assert y[n] == answer and chr(answer).islower()
+
+
+def states_that_hold(y, rng):
+    """
+    Three states (n, 8) of noise: the first holds y (n,) of 4 classes, the second holds it in every
+    other case, the third never.
+    """
+    always, at_times, never = 0.3 * torch.from_numpy(rng.normal(size=(3, len(y), 8))).float()
+    always[:, :4] += F.one_hot(y, 4)
+    at_times[::2, :4] += F.one_hot(y[::2], 4)
+    return always, at_times, never
 
 
 def test_bottlenecks_find_what_is_there():
-    """A state that holds the answer beats one that holds it in half of the cases, and one that holds nothing; the verdict's sign is right."""
-    rng = np.random.default_rng(0)
+    """The more of the answer a state holds, the lower its curve. The verdict's sign is right."""
+    rng, betas = np.random.default_rng(0), [0.001, 0.05, 3.0]
     y = torch.from_numpy(rng.integers(4, size=1500))
-    noise = torch.from_numpy(rng.normal(size=(3, 1500, 8))).float()
-    h = 0.3 * noise
-    h[0, :, :4] += torch.nn.functional.one_hot(y, 4)
-    h[1, :750, :4] += torch.nn.functional.one_hot(y[:750], 4)
-    order = torch.from_numpy(rng.permutation(1500))
-    h, y = h[:, order], y[order]
-    curves = [evaluate.fit_bottlenecks(x[:1000], y[:1000], x[1000:], y[1000:], [0.001, 0.05, 3.0], 2, 4, 300) for x in h]
-    rate, distortion = np.stack(curves).mean((2, 4)).transpose(1, 0, 2)         # (3, 3) state, beta
-    assert distortion[0, 0] < 0.35 and 0.6 < distortion[1, 0] < 1.1 and distortion[2].min() > 1.3
+    curves = []
+    for h in states_that_hold(y, rng):
+        run = evaluate.fit_bottlenecks(h[:1000], y[:1000], h[1000:], y[1000:], betas, 2, 4, 300)
+        curves.append(run.mean(axis=(1, 3)))                    # (2, betas)
+    always, at_times, never = curves
+    (rate, distortion) = np.stack(curves, axis=1)               # (states, betas) each
+    assert always[1, 0] < 0.35 and 0.6 < at_times[1, 0] < 1.1 and never[1].min() > 1.3
     assert np.allclose(distortion[:, 2], math.log(4), atol=0.05) and rate[:, 2].max() < 0.1
-    assert rate[0, 1] > 0.8                                                     # nats: ln 4 = 1.39 would do
-    assert evaluate.lower_at_equal_rate(np.stack((rate[0], distortion[0])), np.stack((rate[1], distortion[1])), math.log(4)) < -0.03
+    assert rate[0, 1] > 0.8                                     # ln 4 = 1.39 nats would do
+    assert evaluate.lower_at_equal_rate(always, at_times, math.log(4)) < -0.03
 
 
 def test_rate_distortion_finds_the_verdict(inside, trained, monkeypatch):
-    """Of states with a known answer: the meta-token's holds the target, the text token's half of the time, the third nothing."""
+    """The meta-token holds the target, the text token at times, without positions nothing does."""
     def states(m, n, split, ckpt, device):
         rng = np.random.default_rng(n)
         y = torch.from_numpy(rng.integers(4, size=n))
-        h = 0.3 * torch.from_numpy(rng.normal(size=(3, n, 8))).float()
-        h[0, :, :4] += torch.nn.functional.one_hot(y, 4)
-        h[1, ::2, :4] += torch.nn.functional.one_hot(y[::2], 4)
-        return h, y
-    monkeypatch.setattr(evaluate, 'bottleneck_examples', states)
-    out = inside('evaluate.py', 'rate_distortion', '--n_train=800', '--n_test=400', '--n_steps=250', '--n_seeds=2', '--n_betas=6', '--z_dim=4', '--device=cpu').out
+        always, at_times, never = states_that_hold(y, rng)
+        return {evaluate.META_CURVE: always, evaluate.TEXT_CURVE: at_times,
+                evaluate.ZEROED_CURVE: never}, y
+
+    monkeypatch.setattr(evaluate, 'bottleneck_states', states)
+    out = inside('evaluate.py', 'rate_distortion', '--n_train=800', '--n_test=400',
+                 '--n_steps=250', '--n_seeds=2', '--n_betas=6', '--z_dim=4', '--device=cpu').out
     verdicts = [line for line in out.splitlines() if 'lower at equal rate' in line]
     assert 'rate: yes, -' in verdicts[0] and 'rate: no, +' in verdicts[1]
 
 
 def test_lower_at_equal_rate():
-    one, other = np.array([[4, 2, 0], [0.5, 0.5, 1]]), np.array([[0, 1, 3], [1.5, 1.25, 0.75]])
+    """One falls to 0.5 at a rate of 2 and stays there, the other falls steadily."""
+    one = np.array([[4, 2, 0], [0.5, 0.5, 1]])
+    other = np.array([[0, 1, 3], [1.5, 1.25, 0.75]])
     for most, end in (10, 3), (2, 2):
-        expected = np.mean([np.interp(r, [0, 2, 4], [1, 0.5, 0.5]) - (1.5 - 0.25 * r) for r in np.linspace(0, end, 50)])
-        assert evaluate.lower_at_equal_rate(one, other, most) == pytest.approx(expected)
-    assert np.isnan(evaluate.lower_at_equal_rate(one, other + [[5], [0]], 10)) and np.isnan(evaluate.lower_at_equal_rate(one, other + [[3.9], [0]], 3))
+        rates = np.linspace(0, end, 50)
+        expected = np.maximum(1 - rates / 4, 0.5) - (1.5 - rates / 4)
+        found = evaluate.lower_at_equal_rate(one, other, most)
+        assert found == pytest.approx(expected.mean())
+    apart, nearly_apart = other + [[5], [0]], other + [[3.9], [0]]
+    assert np.isnan(evaluate.lower_at_equal_rate(one, apart, 10))
+    assert np.isnan(evaluate.lower_at_equal_rate(one, nearly_apart, 3))
 
+# ------------------------------------------------------------------------------
+# theory
 
 def test_entropy_theorem():
-    """dH/dlogit by autograd; falls exactly if p > exp(-H); and the counter-example to the unconditional statement."""
-    logits = (torch.randn(500, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2).requires_grad_()
-    gradient, = torch.autograd.grad(evaluate.entropy(logits).sum(), logits)
-    for j in range(12):
-        assert torch.allclose(evaluate.entropy_slope(logits, j), gradient[:, j], atol=1e-10)
-    falls = logits.softmax(-1) > torch.exp(-evaluate.entropy(logits))[:, None]
-    assert torch.equal(gradient < 0, falls) and 0.05 < falls.double().mean() < 0.5
-    a, b = evaluate.entropy(torch.tensor([[0.0, 0.0, -3.0], [0.0, 0.0, -1.0]]))
-    assert b > a + 0.1
+    """
+    The slope of the entropy H in logit j is -p (ln p + H). So H falls exactly where p > exp(-H),
+    and the statement without that condition has a counter-example.
+    """
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(500, 12, generator=generator, dtype=torch.float64)
+    logits.requires_grad_()
+    H = evaluate.entropy(logits)
+    slope, = torch.autograd.grad(H.sum(), logits)
+    H, p = H.detach()[:, None], logits.detach().softmax(-1)
+    assert torch.allclose(slope, -p * (p.log() + H), atol=1e-10)
+    falls = p > torch.exp(-H)
+    assert torch.equal(slope < 0, falls) and 0.05 < falls.double().mean() < 0.5
+    before, after = evaluate.entropy(torch.tensor([[0.0, 0.0, -3.0], [0.0, 0.0, -1.0]]))
+    assert after > before + 0.1
+
+
+def test_raising_one_logit():
+    """The share in which the entropy falls is that of rows with p > exp(-H), and no constant."""
+    for n_keys in 4, 64:
+        generator = torch.Generator().manual_seed(0)
+        fell, right = evaluate.raise_one_logit(2000, n_keys, generator)
+        assert 0.02 < fell < 0.5 and right > 0.999
 
 
 def test_a_meta_tokens_logit_is_no_fixed_positional_bias():
     model = random_model()
     a, b = torch.randint(60, (2, 24), generator=torch.Generator().manual_seed(0))
     a[10] = b[10] = 60
-    assert (evaluate.meta_logit(model, a, 23, 10, 1) - evaluate.meta_logit(model, b, 23, 10, 1)).abs().max() > 0.01
-    attn, args, _ = evaluate.look_inside(model, a[None])[1]
-    q, k, _ = attn.qkv(*args)
-    assert torch.allclose(evaluate.meta_logit(model, a, 23, 10, 1), (q[0, :, 23] * k[0, :, 10]).sum(-1) / 8 ** 0.5, atol=1e-4)
+    logit = evaluate.logit_of(model, a, 23, 10, layer=1)        # (n_head,)
+    assert (logit - evaluate.logit_of(model, b, 23, 10, layer=1)).abs().max() > 0.01
+    seen = evaluate.look_inside(model, a[None])[1]
+    q, k, _ = seen.attn.qkv(*seen.inputs)
+    expected = (q[0, :, 23] * k[0, :, 10]).sum(-1) / 8 ** 0.5
+    assert torch.allclose(logit, expected, atol=1e-4)
 
 
 def test_theory(inside, trained):
     out = inside('evaluate.py', 'theory', '--n_rows=500').out
-    assert 'is right in 100.00%' in out and '0.791 -> 1.017' in out and 'differ by up to 0.' in out and 'up to 0.000' not in out
+    assert 'is right in 100.00%' in out and '0.791 -> 1.017' in out
+    assert 'differ by up to 0.' in out and 'up to 0.000' not in out
 
+# ------------------------------------------------------------------------------
+# What all have in common
 
 def test_models_without_meta_tokens_are_told_so(inside, refused, trained):
-    inside('train.py', '--n_layer=1', '--n_head=2', '--n_embd=32', '--block_size=64', '--max_iters=1', '--eval_iters=3', '--device=cpu', '--meta_rate=0', '--meta_attn=False',
+    inside('train.py', *TINY, '--max_iters=1', '--meta_rate=0', '--meta_attn=False',
            '--out_dir=out/plain')
     for command in 'sharpening', 'caching', 'rate_distortion', 'theory':
-        assert 'without meta-tokens' in refused('evaluate.py', command, '--ckpt=out/plain/best.pt')
-    assert 'one checkpoint at a time' in refused('evaluate.py', 'caching', '--ckpt=out/tiny/best.pt,out/plain/best.pt')
-    assert '--n_test' in refused('evaluate.py', 'rate_distortion', '--ckpt=out/tiny/best.pt', '--n_train=20', '--n_test=5000')
+        message = refused('evaluate.py', command, '--ckpt=out/plain/best.pt')
+        assert 'without meta-tokens' in message
+    inside('finetune.py', *SMALL, '--max_iters=2', '--markers=none', '--out_dir=out/unmarked')
+    message = refused('evaluate.py', 'rate_distortion', '--ckpt=out/unmarked/best.pt')
+    assert 'hold no meta-token' in message
+
+
+def test_what_does_not_fit(refused, trained):
+    two = '--ckpt=out/tiny/best.pt,out/tiny-list_recall/best.pt'
+    assert 'one checkpoint at a time' in refused('evaluate.py', 'caching', two)
+    tiny = '--ckpt=out/tiny/best.pt', '--n_train=20', '--n_test=5000'
+    assert '--n_test' in refused('evaluate.py', 'rate_distortion', *tiny)
     assert '--n_keys=0' in refused('evaluate.py', 'theory', '--n_keys=0')
     assert '--n_rows=9999' in refused('evaluate.py', 'caching', '--n_rows=9999', '--device=cpu')
 
+
+def test_names_with_dollar_signs(inside, trained, tmp_path, monkeypatch):
+    """matplotlib would read what stands between two of them as a formula, and fail at $$."""
+    shutil.copytree(tmp_path / 'out/tiny', tmp_path / 'out/a$$')
+    shutil.copytree(tmp_path / 'out/tiny-list_recall', tmp_path / 'out/b$$')
+    (tmp_path / '$$.txt').write_text('abcdefgh' * 40)
+    monkeypatch.setattr(evaluate, 'shown_token', lambda tok, i: '$$')
+    a, b = '--ckpt=out/a$$/best.pt', '--ckpt=out/b$$/best.pt'
+    inside('evaluate.py', 'tasks', b, '--lengths=32', '--n_examples=5', '--device=cpu')
+    inside('evaluate.py', 'perplexity', a, '--text=$$.txt', '--device=cpu')
+    inside('evaluate.py', 'sharpening', a, '--n_rows=2', '--device=cpu')
+    inside('evaluate.py', 'caching', a, '--n_rows=2', '--device=cpu')
+    inside('evaluate.py', 'rate_distortion', b, *BOTTLENECKS)
+    names = {path.name for path in tmp_path.glob('out/[ab]*/eval/*.png')}
+    assert names == {'tasks.png', 'perplexity-$$.png', 'sharpening.png', 'caching.png',
+                     'rate_distortion.png'}
+
+
+def test_pictures_show_no_code_of_formulas(inside, trained, monkeypatch):
+    """Where dollar signs are just signs, the labels of an axis must not be written as formulas."""
+    figures = []
+
+    def write_results(ckpt, name, results, figure):
+        figure.draw_without_rendering()
+        figures.append(figure)
+
+    monkeypatch.setattr(evaluate, 'write_results', write_results)
+    inside('evaluate.py', 'tasks', '--lengths=32', '--n_examples=5', '--device=cpu')
+    inside('evaluate.py', 'perplexity', '--device=cpu')
+    inside('evaluate.py', 'sharpening', '--n_rows=2', '--device=cpu')
+    inside('evaluate.py', 'caching', '--n_rows=2', '--device=cpu')
+    inside('evaluate.py', 'rate_distortion', *BOTTLENECKS)
+    assert len(figures) == 5
+    for figure in figures:
+        for ax in figure.axes:
+            labels = [label.get_text() for label in ax.get_xticklabels() + ax.get_yticklabels()]
+            assert '$' not in ''.join(labels), labels
+
+
+def test_words(refused):
+    for args in [], ['seed']:
+        message = refused('evaluate.py', *args)
+        for command in evaluate.COMMANDS:
+            assert command in message
+    assert 'did you mean --n_rows' in refused('evaluate.py', 'theory', '--n_row=3')
+    assert 'no checkpoint out/tiny-list_recall/best.pt' in refused('evaluate.py', 'tasks')
+    for lengths in '64,x', '0', '', '64,', '6.5':
+        assert f'--lengths={lengths}' in refused('evaluate.py', 'tasks', f'--lengths={lengths}')
+
+
+def test_help(inside):
+    assert 'perplexity' in inside('evaluate.py', '-h').out
+    for command in evaluate.COMMANDS:
+        assert '--ckpt' in inside('evaluate.py', command, '-h', code=0).out
+
 # ------------------------------------------------------------------------------
+# sample
 
-NANOGPT = '''
-from dataclasses import dataclass
-import torch.nn as nn, torch.nn.functional as F
+SAMPLE = 'evaluate.py', 'sample', '--device=cpu'
 
-@dataclass
-class GPTConfig:
-    block_size: int; vocab_size: int; n_layer: int; n_head: int; n_embd: int; dropout: float; bias: bool
-
-class GPT(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        print('number of parameters: few')
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-
-    def forward(self, idx, targets=None):
-        logits = self.wte(idx) @ self.wte.weight.T
-        return logits, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1)
-'''
-
-
-def test_speed(cli, tmp_path):
-    (tmp_path / 'nano').mkdir()
-    (tmp_path / 'nano/model.py').write_text(NANOGPT)  # no GPT, but it is called and flattens its targets as nanoGPT does
-    out = cli('evaluate.py', 'speed', '--n_layer=2', '--n_embd=32', '--n_head=2', '--block_size=64', '--vocab_size=320', '--batch_size=2', '--runs=2', '--device=cpu',
-              '--nanogpt=nano').stdout
-    table = {line.split('|')[1].strip(): line.split('|')[2:] for line in out.splitlines() if line.startswith('|')}
-    for name in 'plain', 'gather', 'dense', 'all_logits', 'nanoGPT':
-        step, _, per_second, ratio, peak, _, _ = table[name]
-        assert float(step.split()[0]) > 0 and int(per_second.replace(',', '')) > 0 and float(ratio) > 0 and 0.05 < float(peak.split()[0]) < 4
-    assert float(table['plain'][3]) == 1.0 and '6 of 64 meta-tokens' in out and 'matrix product reaches' in out and 'where its time goes: aten::' in out
-
-
-def test_speed_of_generation(inside, tmp_path):
-    out = inside('evaluate.py', 'speed', '--mode=generate', '--n_layer=2', '--n_embd=32', '--n_head=2', '--block_size=64', '--vocab_size=320', '--runs=2', '--prompts=5,20',
-                 '--new_tokens=20', '--device=cpu').out
-    rows = table(out, '| prompt')
-    assert [(row[0], row[1]) for row in rows[2:]] == [(length, name) for length in ('5', '20') for name in ('plain', 'gather', 'plain uncached')]
-    for row in rows[2:]:
-        assert 0 < float(row[4].split()[0]) <= float(row[3].split()[0]) <= float(row[4].split()[2]) and float(row[6]) > 0
-    assert 'reads 0 MB of weights' in out and 'GB/s' in out and 'a meta-token after every 9' in out
-    assert len(json.loads((tmp_path / 'out/eval/speed.json').read_text())) == 6 and (tmp_path / 'out/eval/speed.png').read_bytes()[:4] == b'\x89PNG'
-
-
-# ------------------------------------------------------------------------------
-# Samples
 
 def test_with_meta():
-    assert evaluate.with_meta([1, 2, 3, 4], 2, 9) == [1, 2, 9, 3, 4, 9] and evaluate.with_meta([1, 2, 3, 4, 5], 3, 9) == [1, 2, 9, 3, 4, 5, 9] and evaluate.with_meta([1, 2], 0, 9) == [1, 2]
+    for ids, every, expected in (([1, 2, 3, 4], 2, [1, 2, 9, 3, 4, 9]),
+                                 ([1, 2, 3, 4, 5], 3, [1, 2, 9, 3, 4, 5, 9]),
+                                 ([1, 2], 0, [1, 2])):
+        assert evaluate.with_meta(ids, every, 9) == expected
 
 
-def test_sample(inside, refused, trained, tmp_path, monkeypatch):
-    once, again, other, greedy = (inside('evaluate.py', 'sample', '--prompt=abc', '--max_new_tokens=90', '--device=cpu', *args).out
-                                  for args in ((), (), ('--seed=1',), ('--temperature=0',)))
-    assert once == again != other and once.startswith('abc') and greedy != once and len(greedy) > 20
-    assert inside('evaluate.py', 'sample', '--num_samples=3', '--max_new_tokens=5', '--device=cpu').out.count('---') == 2
-    (tmp_path / 'prompt.txt').write_text('abc')
-    assert inside('evaluate.py', 'sample', '--prompt=FILE:prompt.txt', '--max_new_tokens=90', '--device=cpu').out == once
-    monkeypatch.setattr('sys.stdin', io.StringIO('abc'))
-    assert inside('evaluate.py', 'sample', '--prompt=-', '--max_new_tokens=90', '--device=cpu').out == once
-    (tmp_path / 'bad.txt').write_bytes(b'\xff\xfe')
-    assert 'not UTF-8' in refused('evaluate.py', 'sample', '--prompt=FILE:bad.txt', '--device=cpu')
-    assert 'nowhere.txt' in refused('evaluate.py', 'sample', '--prompt=FILE:nowhere.txt', '--device=cpu')
-    assert '--top_p=-0.1' in refused('evaluate.py', 'sample', '--top_p=-0.1', '--device=cpu')
-    assert '--top_k=-1' in refused('evaluate.py', 'sample', '--top_k=-1', '--device=cpu')
-    inside('train.py', '--n_layer=1', '--n_head=2', '--n_embd=32', '--block_size=64', '--max_iters=1', '--eval_iters=3', '--device=cpu', '--pos=ape', '--out_dir=out/ape')
-    assert 'block_size=64' in refused('evaluate.py', 'sample', '--ckpt=out/ape/best.pt', '--max_new_tokens=90', '--device=cpu')
+def test_sample(inside, refused, trained):
+    said = [inside(*SAMPLE, '--prompt=abc', '--max_new_tokens=90', *args).out
+            for args in ((), (), ('--seed=1',), ('--temperature=0',))]
+    once, again, other, greedy = said
+    assert once == again != other and once.startswith('abc')
+    assert greedy != once and len(greedy) > 20
+    three = inside(*SAMPLE, '--num_samples=3', '--max_new_tokens=5').out
+    assert three.count('---') == 2
+    assert '--top_k=-1' in refused(*SAMPLE, '--top_k=-1')
+
+
+def test_sample_shows_meta_tokens_if_asked_to(inside, trained):
+    args = '--prompt=abc', '--max_new_tokens=20', '--meta_every=4', '--temperature=0'
+    hidden = inside(*SAMPLE, *args).out
+    visible = inside(*SAMPLE, *args, '--show_meta=True').out
+    assert '·' not in hidden and visible.replace('·', '') == hidden
+    words = visible.removeprefix('abc').rstrip('\n').split('·')
+    assert [len(word) for word in words[:-1]] == [4] * (len(words) - 1) and len(words) > 2
+
+
+def test_sample_of_learned_positions(inside, refused, trained):
+    """By default it ends where the positions do. Asked for more, it refuses."""
+    inside('train.py', *TINY, '--max_iters=1', '--pos=ape', '--out_dir=out/ape')
+    ape = *SAMPLE, '--ckpt=out/ape/best.pt'
+    for prompt in '', 'abc', 'a' * 54:
+        for every in '-1', '0', '1', '3':
+            shown = prompt[:30 if every == '1' else 40]
+            out = inside(*ape, f'--prompt={shown}', f'--meta_every={every}').out
+            assert out.startswith(prompt[:30])
+    assert 'block_size=64' in refused(*ape, '--max_new_tokens=90')
+    assert 'shorten the prompt' in refused(*ape, f"--prompt={'a' * 70}")
 
 
 def test_a_terminal_without_the_characters(cli, trained):
-    assert cli('evaluate.py', 'sample', '--prompt=h\u00e9', '--max_new_tokens=3', '--device=cpu', PYTHONIOENCODING='ascii').stdout.startswith('h?')
+    out = cli(*SAMPLE, '--prompt=h\u00e9', '--max_new_tokens=3', PYTHONIOENCODING='ascii').stdout
+    assert out.startswith('h?')
 
 
 def test_characters_of_many_tokens_are_printed_whole(inside, trained, monkeypatch):
     """The model is made to say the bytes of these characters, a meta-token after every third."""
-    said = 'h\u00e9 \u20ac \U0001f600!'
-    seen = []
+    said, asked = 'h\u00e9 \u20ac \U0001f600!', []
 
-    def stream(self, idx, n, temperature, top_k, top_p, meta_every, generator, stop_token):
-        seen.append((idx.tolist(), meta_every))
+    def stream(model, idx, n, temperature, top_k, meta_every, generator, stop_token):
+        asked.append((idx.tolist(), meta_every))
         for k, byte in enumerate(said.encode() + b'\xe2\x82', start=1):
             yield torch.tensor([[byte, 257]] if k % 3 == 0 else [[byte]])
         yield torch.tensor([[stop_token]])
-    monkeypatch.setattr(GPT, 'stream', stream)
-    assert inside('evaluate.py', 'sample', '--prompt=0123456789', '--device=cpu').out == f'0123456789{said}\ufffd\n'
-    assert seen == [([[*b'0', 257, *b'123456789', 257]], 9)]
 
-
-def test_words(refused):
-    assert 'speed' in refused('evaluate.py')
-    assert 'speed' in refused('evaluate.py', 'seed')
-    assert 'did you mean --runs' in refused('evaluate.py', 'speed', '--run=3')
-    assert 'n_head=5' in refused('evaluate.py', 'speed', '--n_head=5')
-    assert 'model.py' in refused('evaluate.py', 'speed', '--nanogpt=nowhere')
-    assert 'no checkpoint out/tiny-list_recall/best.pt' in refused('evaluate.py', 'tasks')
-    assert '--lengths=64,x' in refused('evaluate.py', 'tasks', '--lengths=64,x')
-    assert '--models=plain,nano' in refused('evaluate.py', 'speed', '--models=plain,nano')
-    assert '--vocab_size=0' in refused('evaluate.py', 'speed', '--vocab_size=0')
+    monkeypatch.setattr(evaluate, 'stream', stream)
+    out = inside(*SAMPLE, '--prompt=0123456789').out
+    assert out == f'0123456789{said}\ufffd\n'
+    assert asked == [([[*b'0', 257, *b'123456789', 257]], 9)]
