@@ -97,10 +97,11 @@ def masked_meta_attention(block, x, rope, is_meta):
     both_meta = is_meta[:, :, None] & is_meta[:, None, :]      # (B, T, T)
     allowed = both_meta.tril()                                 # (B, T, T)
     scores = q @ k.mT / math.sqrt(q.shape[-1])                 # (B, n_head, T, T)
-    scores = scores.masked_fill(~allowed[:, None], torch.finfo(scores.dtype).min)
-    weights = scores.softmax(dim=-1) * allowed[:, None]        # all 0 where nothing is allowed
+    lowest = torch.finfo(scores.dtype).min                     # a row of -inf would become nan
+    weights = scores.masked_fill(~allowed[:, None], lowest).softmax(dim=-1)
+    weights = weights * allowed[:, None]                       # all 0 where nothing is allowed
     y = block.meta_attn.project(block.meta_attn.dropout(weights) @ v)
-    return y * allowed.any(dim=-1, keepdim=True)               # (B, T, C)
+    return y * allowed.any(dim=-1, keepdim=True)               # (B, T, C), without c_proj's bias
 
 
 def meta_attention(block, x, rope, is_meta, n_meta, cache=None):
@@ -182,7 +183,8 @@ class GPT(nn.Module):
         idx (B, T) -> (B, T, C), the normed final hidden states: lm_head of them are the logits.
 
         zero_meta takes the meta-tokens' 'position' or their 'embedding' away (paper, Table 2).
-        n_meta: the most meta-tokens that a row holds, if known; counting them makes a GPU wait.
+        n_meta: the most meta-tokens that a row holds, if known. A GPU would wait for counting
+        them, so it believes n_meta; a CPU checks it.
         cache, meta_cache: the KVCaches of the tokens before idx, and of their meta-tokens.
         Raises ValueError past the last learned position (pos='ape').
         """
@@ -198,12 +200,13 @@ class GPT(nn.Module):
         if zero_meta == 'embedding':
             x = x.masked_fill(is_meta[..., None], 0.0)
         positions = torch.arange(start, start + T, device=idx.device).expand(B, T)
-        placed = c.meta_pos and zero_meta != 'position'
-        without = torch.zeros_like(is_meta) if placed else is_meta
-        positions = positions.masked_fill(without, 0)          # (B, T); RoPE turns nothing at 0
+        unplaced = torch.zeros_like(is_meta)                   # (B, T): which have no position
+        if zero_meta == 'position' or not c.meta_pos:
+            unplaced = is_meta
+        positions = positions.masked_fill(unplaced, 0)         # (B, T); RoPE turns nothing at 0
         if c.pos == 'ape':
-            wpe = self.transformer.wpe(positions)              # (B, T, C)
-            x = x + wpe.masked_fill(without[..., None], 0.0)
+            wpe = self.transformer.wpe(positions)              # (B, T, C); not zero at 0
+            x = x + wpe.masked_fill(unplaced[..., None], 0.0)
         rope = rope_angles(positions, c) if c.pos == 'rope' else ()
 
         x = F.dropout(x, c.dropout, self.training)
@@ -231,8 +234,9 @@ class GPT(nn.Module):
         """
         Floating-point operations of a training step, per position of a row of T with M meta-tokens.
 
-        A weight costs 2, a position attended to 4 * C, masked or not. Backward costs twice
-        forward. Meta-attention counts as it runs: M rows of the T, each attending to M.
+        A weight costs 2: a block has 12 * C^2, its meta-attention 4 * C^2. A position attended to
+        costs 4 * C, masked or not. Backward costs twice forward. Meta-attention counts as it runs:
+        M rows of the T, each attending to M.
         """
         C, n_layer = self.config.n_embd, self.config.n_layer
         forward = 2 * self.config.vocab_size * C + n_layer * (2 * 12 * C ** 2 + 4 * C * T)
@@ -296,11 +300,12 @@ def causal_attention(q, k, v, dropout):
 
 def count_meta_tokens(is_meta, n_meta):
     """The most meta-tokens that a row of is_meta (B, T) holds: n_meta, if it is given."""
-    on_cpu = is_meta.device.type == 'cpu' and not torch.compiler.is_compiling()
-    if n_meta is None or on_cpu:  # where counting costs next to nothing, n_meta is checked
-        counted = int(is_meta.sum(dim=1).max())
-        if n_meta is not None and counted > n_meta:
-            raise ValueError(f'n_meta={n_meta}, but a row holds {counted} meta-tokens')
+    on_gpu = is_meta.device.type != 'cpu' or torch.compiler.is_compiling()
+    if n_meta is not None and on_gpu:  # counting there would make it wait
+        return n_meta
+    counted = int(is_meta.sum(dim=1).max())
+    if n_meta is not None and counted > n_meta:
+        raise ValueError(f'n_meta={n_meta}, but a row holds {counted} meta-tokens')
     return counted if n_meta is None else n_meta
 
 
@@ -327,7 +332,10 @@ def check_config(c):
 # Generation
 
 class KVCache:
-    """The keys and values of the `length` tokens so far, in all blocks, with room for `size`."""
+    """
+    The keys and values of the tokens so far, in all blocks, with room for `size`. `length` counts
+    the tokens that all blocks have seen: the last block's update adds the new ones.
+    """
 
     def __init__(self, model, B, size):
         c, weight = model.config, model.lm_head.weight
@@ -344,7 +352,7 @@ class KVCache:
         end = self.length + k.shape[2]
         self.k[layer, :, :, self.length:end] = k
         self.v[layer, :, :, self.length:end] = v
-        if layer == len(self.k) - 1:  # the last block counts the new tokens in
+        if layer == len(self.k) - 1:
             self.length = end
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
@@ -408,7 +416,7 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, meta_every=N
         if every and n % every == 0:
             new = F.pad(new, (0, 1), value=c.meta_id)
         yield new
-        if n == max_new_tokens or stop_token is not None and stopped.all():
+        if n == max_new_tokens or (stop_token is not None and stopped.all()):
             return
         logits = decode_one_token(model, new, cache, meta_cache)
 
@@ -423,11 +431,11 @@ class Linear(nn.Linear):
     rows and reads at half of the memory's speed. Here each thread reads its share of the rows.
     """
     def forward(self, x):
-        training = torch.is_grad_enabled() or torch.compiler.is_compiling()
-        if training or x.device.type != 'cpu' or torch.is_autocast_enabled('cpu'):
+        with_gradients = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        if with_gradients or x.device.type != 'cpu' or torch.is_autocast_enabled('cpu'):
             return super().forward(x)
         n, C = torch.get_num_threads(), self.in_features
-        if x.numel() > 8 * C or self.out_features % n:
+        if x.numel() > 8 * C or self.out_features % n:         # more than 8 rows
             return super().forward(x)
         columns = x.reshape(-1, C).t().expand(n, -1, -1)       # (n, C, rows of x)
         y = torch.bmm(self.weight.view(n, -1, C), columns)     # (n, out / n, rows of x)

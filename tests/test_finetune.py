@@ -147,7 +147,7 @@ def read_lists(lines):
 def test_answers_are_right(task, name):
     tok = tokenizer_or_skip(name)
     n_seeds = dict.fromkeys(range(TASKS[task].shortest, 64), 6)
-    n_seeds |= {64: 300, 100: 100, 256: 50, 512: 20, 1024: 8, 2048: 4, 4096: 2, 10240: 2}
+    n_seeds |= {64: 300, 100: 100, 256: 30, 512: 15, 1024: 6, 2048: 3, 4096: 2, 10240: 2}
     for length, n in n_seeds.items():
         for seed in range(n):
             prompt, answer = example(task, length, seed, tok)
@@ -157,7 +157,6 @@ def test_answers_are_right(task, name):
             assert prompt.count(meta_token(tok)) == (1 if task == 'parity' else 2)
             assert meta_token(tok) not in answer and prompt[-1] != meta_token(tok)
             assert len(answer) <= TASKS[task].longest_answer(length)
-            assert (prompt, answer) == example(task, length, seed, tok)
 
 
 @pytest.mark.parametrize('task', TASKS)
@@ -203,7 +202,7 @@ def test_items_are_single_tokens(name):
 
 
 def test_constant_guesses_score_no_more_than_chance():
-    n, answers = 2000, {}
+    n, answers = 1500, {}
     for task in TASKS:
         answers[task] = Counter(shown(example(task, 64, seed)[1]) for seed in range(n))
     for task, chance in ('parity', 1 / 2), ('segment_counting', 1 / 5), ('list_recall', 1 / 26):
@@ -385,6 +384,7 @@ def test_train_and_test_share_no_prompt():
 
 def test_examples_are_a_function_of_the_seed():
     for task in TASKS:
+        assert example(task, 64, 7) == example(task, 64, 7) != example(task, 64, 8)
         first, same, other = (list(islice(examples(task, 64, 'test', seed, TOK), 3))
                               for seed in (1, 1, 2))
         assert first == same != other

@@ -316,6 +316,13 @@ def test_halves_of_a_surrogate_pair_in_json(make, tmp_path):
     assert whole_text(make('a.jsonl')) == 'lone \ufffd, whole 🦉<|endoftext|>' * 9
 
 
+def test_json_lines_end_at_line_ends_alone(make, tmp_path):
+    """The mark in front is dropped, and what str.splitlines takes for a line's end is text."""
+    line = '{"text": "one\u2028 two\x85 three\\r\\n"}\r\n'
+    (tmp_path / 'a.jsonl').write_bytes(('\ufeff' + line * 9).encode())
+    assert whole_text(make('a.jsonl')) == 'one\u2028 two\x85 three\r\n<|endoftext|>' * 9
+
+
 def far_above(line):
     """Many times the same JSON line, so long that what follows is not read at once with it."""
     padded = line.removesuffix('}') + ' ' * 10_000 + '}\n'
@@ -373,6 +380,21 @@ def test_stdlib_modules_that_are_not_utf8(make, tmp_path, monkeypatch):
     assert whole_text(make('stdlib')) == '# caf\ufffd\n' * 9 + '<|endoftext|>'
 
 
+def test_other_files_of_a_folder(make, tmp_path, capsys):
+    """Hidden ones are left out, those of unknown kinds too, which is said."""
+    write(tmp_path / 'src/a/b.txt', ['some text ' * 9])
+    for name in '.hidden.txt', '.git/a.txt', '.DS_Store':
+        write(tmp_path / 'src' / name, ['hidden'])
+    (tmp_path / 'src/blank.jsonl').write_text('\n\n')
+    (tmp_path / 'src/empty.txt').touch()
+    assert whole_text(make('src')) == 'some text ' * 9 + '<|endoftext|>'
+    assert 'left out' not in capsys.readouterr().out
+
+    (tmp_path / 'src/a.pdf').write_bytes(b'no text')
+    make('src', name='x')
+    assert 'left out' in capsys.readouterr().out
+
+
 def cut_gzip():
     return gzip.compress(os.urandom(5000).hex().encode())[:900]
 
@@ -392,7 +414,9 @@ BAD = {  # the file in src/, what stands in it, what the refusal says
     'a number far down': ('a.jsonl', far_above('{"text": "x"}').encode() + b'{"text": 3}\n',
                           'src/a.jsonl'),
     'no object': ('a.jsonl', b'"x"\n', 'src/a.jsonl'),
-    'broken json': ('a.jsonl', b'{"text": "x"}\n{"text": \n', 'src/a.jsonl'),
+    'broken json': ('a.jsonl', b'{"text": "x"}\n{"text": \n', 'line 2'),
+    'broken json far down': ('a.jsonl', far_above('{"text": "x"}').encode() + b'{', 'line 1101'),
+    'deep json': ('a.jsonl', b'{"text": ' + b'[' * 100_000, 'line 1'),
     'not gzip': ('a.json.gz', b'{"text": "x"}\n', 'src/a.json.gz'),
     'cut gzip': ('a.json.gz', cut_gzip(), 'src/a.json.gz'),
     'text not utf-8': ('a.txt', b'caf\xe9', 'src/a.txt'),
@@ -489,6 +513,13 @@ def test_splits_of_a_glob(make, tmp_path):
         write(tmp_path / f'src/{split}/0.jsonl', texts)
     folder = make('src/*/*.jsonl', name='x')
     assert (documents(folder, 'train'), documents(folder, 'val')) == (TEXTS[:50], TEXTS[50:60])
+
+
+def test_splits_of_a_folder_whose_name_is_a_pattern(make, tmp_path):
+    write(tmp_path / 'test [1]/a.jsonl', TEXTS[:50])
+    write(tmp_path / 'test [1]/val.jsonl', TEXTS[50:])
+    folder = make('test [1]', name='x')
+    assert (documents(folder, 'train'), documents(folder, 'val')) == (TEXTS[:50], TEXTS[50:])
 
 
 @pytest.mark.parametrize('name', ['val.jsonl', 'test.jsonl'])
@@ -912,23 +943,28 @@ def test_killed_while_the_files_are_moved_in(make, tmp_path, monkeypatch, overwr
     assert opened[0] == (old if overwrite else 'refused') and opened[-1] == new
 
 
+@pytest.mark.parametrize('overwrite', [True, False])
 @pytest.mark.parametrize('error', [OSError(28, 'No space left on device'), KeyboardInterrupt()])
-def test_a_move_that_fails(make, tmp_path, monkeypatch, error):
-    """The old folder is there still, as the error says, at whichever move it was."""
+def test_a_move_that_fails(make, tmp_path, monkeypatch, error, overwrite):
+    """What was there is there still, as the error says, at whichever move it was."""
     n, failed = 0, True
     while failed:
+        folder = tmp_path / f'data/x{n}'
         try:
-            make_old_and_new(make, tmp_path, monkeypatch, f'x{n}', True, n, n, error)
+            make_old_and_new(make, tmp_path, monkeypatch, folder.name, overwrite, n, n, error)
             failed = False
         except KeyboardInterrupt:
             pass
         except UserError as said:
             assert 'No space left on device' in str(said) and 'is there still' in str(said)
-        text = OLD_TEXT if failed else NEW_TEXT
-        assert whole_text(tmp_path / f'data/x{n}') == text + '<|endoftext|>'
+        if failed and not overwrite:
+            assert not folder.exists() or contents(folder) == {}
+        else:
+            text = OLD_TEXT if failed else NEW_TEXT
+            assert whole_text(folder) == text + '<|endoftext|>'
         n += 1
     assert n > 3
-    assert len(list(tmp_path.glob('data/*'))) == n  # no temporary folder is left
+    assert not list(tmp_path.glob('data/.*'))  # no temporary folder is left
 
 
 def bounded_files():
@@ -1123,6 +1159,13 @@ def test_values(word, value):
         config, given = parse(*words)
         assert getattr(config, key) == given[key] == value
         assert type(given[key]) is type(value)
+
+
+def test_the_home_folder(monkeypatch):
+    """The shell does not put it in behind an equals sign."""
+    monkeypatch.setenv('HOME', '/home/me')
+    assert parse('--word=~/books')[0].word == '/home/me/books'
+    assert parse('--word=a~/books')[0].word == 'a~/books'
 
 
 NEEDED = {  # what the refusal says that a setting must be
