@@ -218,7 +218,8 @@ def local_files(source):
         skip = {'test', 'tests', 'idle_test', 'site-packages', 'dist-packages'}
         return [p for p in sorted(root.rglob('*.py')) if not skip & set(p.relative_to(root).parts)]
     if path.is_dir():
-        below = [p for p in sorted(path.rglob('*')) if p.is_file() and p.name[0] != '.']
+        below = [p for p in sorted(path.rglob('[!.]*')) if p.is_file()]
+        below = [p for p in below if '/.' not in f'/{p.relative_to(path).as_posix()}']
         found = [p for p in below if p.name.endswith(KINDS)]
         if 0 < len(found) < len(below):
             print(f'{len(below) - len(found)} files of other kinds are left out; read: {kinds}')
@@ -267,7 +268,7 @@ def read_json_lines(lists, column):
             found = found or column in row
             texts.append(text)
         yield texts
-    if not found:
+    if keys and not found:
         raise UserError(f'no column {column!r}; the one that holds the text is named with '
                         f"--text_column= ({', '.join(sorted(keys))})")
 
@@ -312,9 +313,10 @@ def said(error):
 
 def root_of(source):
     """The folder that source is, or is in: the part of a glob before its first * or ?."""
-    plain = takewhile(lambda part: not glob.has_magic(part), Path(source).parts)
-    root = Path(*plain)
-    return root.parent if root.is_file() else root
+    path = Path(source)
+    if not path.exists():
+        path = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts))
+    return path.parent if path.is_file() else path
 
 
 def split_of(path):

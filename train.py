@@ -458,8 +458,16 @@ def signals_into(received):
 @lru_cache
 def warn(text):
     """Prints a warning, once for each text."""
-    with suppress(OSError):
+    try:
         print(f'warning: {text}', file=sys.stderr, flush=True)
+    except OSError:
+        silence(sys.stderr)
+
+
+def silence(stream):
+    """Sends to nowhere what is printed to a stream that nobody reads any more."""
+    with suppress(OSError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 @contextmanager
@@ -712,7 +720,7 @@ class Machine:
             if self.rank == 0:
                 print(words, flush=True)
         except OSError as error:
-            sys.stdout = open(os.devnull, 'w')
+            silence(sys.stdout)
             warn(f'nothing more is printed ({error}); the run goes on')
 
     def sum(self, *numbers):

@@ -319,6 +319,7 @@ def draw_generation(each, lengths, names, bound):
         ax.plot(lengths, ms, label=name, **line_style(n))
     ax.axhline(1000 * bound, color='0.6', ls=':', label='reading the weights once')
     ax.set(xlabel='prompt (tokens)', ylabel='ms per text token', yscale='log')
+    ax.yaxis.set_major_formatter('{x:g}')  # not as powers of 10 in TeX
     ax.grid(alpha=0.3, which='both')
     ax.legend()
     return figure

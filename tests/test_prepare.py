@@ -413,7 +413,7 @@ BAD = {  # the file in src/, what stands in it, what the refusal says
     'a number among text': ('a.jsonl', b'{"text": "x"}\n' * 9 + b'{"text": 3}\n', 'src/a.jsonl'),
     'a number far down': ('a.jsonl', far_above('{"text": "x"}').encode() + b'{"text": 3}\n',
                           'src/a.jsonl'),
-    'no object': ('a.jsonl', b'"x"\n', 'src/a.jsonl'),
+    'no object': ('a.jsonl', b'"x"\n', 'line 1 is no JSON object'),
     'broken json': ('a.jsonl', b'{"text": "x"}\n{"text": \n', 'line 2'),
     'broken json far down': ('a.jsonl', far_above('{"text": "x"}').encode() + b'{', 'line 1101'),
     'deep json': ('a.jsonl', b'{"text": ' + b'[' * 100_000, 'line 1'),
@@ -617,6 +617,13 @@ def test_empty_rows_far_above_the_first_text(make, tmp_path, row):
     assert whole_text(make('a.jsonl')) == 'some text<|endoftext|>' * 9
 
 
+@pytest.mark.parametrize('suffix', ['.jsonl', '.parquet'])
+def test_files_of_empty_rows_are_skipped(make, tmp_path, suffix):
+    write(tmp_path / f'src/a{suffix}', [None] * 9)
+    write(tmp_path / f'src/b{suffix}', ['some text'] * 9)
+    assert whole_text(make('src')) == 'some text<|endoftext|>' * 9
+
+
 def test_rows_without_the_column_are_skipped(make, tmp_path):
     (tmp_path / 'a.jsonl').write_text('{"text": "some text"}\n{"url": "x"}\n\n' * 20)
     assert whole_text(make('a.jsonl')) == 'some text<|endoftext|>' * 20
@@ -693,6 +700,15 @@ def test_max_tokens_stops_the_reading(make, tmp_path, monkeypatch):
     make('src', max_tokens=100)
     with pytest.raises(UserError, match='99.txt'):
         make('src', name='all')
+
+
+def test_max_tokens_reads_on_until_both_are_full(make, tmp_path, monkeypatch):
+    """More files are needed for the validation part than are read ahead."""
+    monkeypatch.setattr(os, 'cpu_count', lambda: 2)
+    for i in range(200):
+        write(tmp_path / f'src/{i:03}.txt', [f'some text {i} ' * 8])
+    folder = make('src', max_tokens=10_000)
+    assert (len(tokens(folder, 'train')), len(tokens(folder, 'val'))) == (10_000, 1000)
 
 
 def test_max_tokens_beyond_the_text(make, tmp_path):
@@ -1072,7 +1088,8 @@ def test_tokens_of_four_bytes(folder, highest):
 
 
 DAMAGED = {
-    'empty': b'', 'cut off': b'{"tokenizer": "byt', 'not utf-8': b'{"tokenizer": "\xff"}',
+    'empty': b'', 'cut off': b'{"tokenizer": "byt',
+    'not utf-8': b'{"tokenizer": "bytes", "source": "\xff"}',
     'utf-16': '{"tokenizer": "bytes"}'.encode('utf-16'), 'zeros': bytes(100),
     'null': b'null', 'a list': b'["tokenizer"]', 'a number': b'3', 'a string': b'"tokenizer"',
     'no tokenizer': b'{}', 'tokenizer null': b'{"tokenizer": null}',
@@ -1152,7 +1169,7 @@ def test_key_and_value(words):
     (f'--count={2 ** 53 - 1}', 2 ** 53 - 1), ('--size=1', 1), ('--seed=-1', -1), ('--seed=7', 7),
     ('--rate=0', 0.0), ('--rate=1e-3', 0.001), ('--rate=2_000.5', 2000.5), ('--share=0', 0.0),
     ('--share=0.999', 0.999), ('--word=', ''), ('--word=-1', '-1'), ('--word=1e6', '1e6'),
-    ('--word=a b', 'a b'), ('--word=nan', 'nan')])
+    ('--word=a b', 'a b'), ('--word=nan', 'nan'), ('--fast=True', True), ('--fast=False', False)])
 def test_values(word, value):
     key, _, text = word.removeprefix('--').partition('=')
     for words in [word], [f'--{key}', text]:

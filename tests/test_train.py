@@ -722,6 +722,8 @@ def test_a_replaced_run_stays_until_there_is_a_new_one(inside, refused, tmp_path
     (['--meta_rate=0.999'], '--meta_rate'),
     (['--meta_rate=0'], '--meta_attn=False'),
     (['--yarn_scale=4'], '--init_from'),
+    (['--min_lr=1'], '--min_lr=1.0 is above --learning_rate=0.003'),
+    (['--warmup_iters=20', '--max_iters=10'], '--warmup_iters=20 is above --max_iters=10'),
     (['--device=tpu'], '--device'),
     (['--device=meta'], '--device'),
     (['--max_iters'], 'max_iters'),
@@ -730,6 +732,12 @@ def test_a_replaced_run_stays_until_there_is_a_new_one(inside, refused, tmp_path
 def test_clear_errors(refused, tmp_path, args, said):
     assert said in refused('train.py', *SMALL, *args)
     assert not (tmp_path / 'out').exists()
+
+
+def test_a_lower_learning_rate_lowers_the_default_of_its_end():
+    cfg = train.TrainConfig(learning_rate=1e-4)
+    assert train.settle(cfg, dict(learning_rate=1e-4)).min_lr == pytest.approx(1e-5)
+    assert train.settle(train.TrainConfig(), {}) == train.TrainConfig()
 
 
 def test_checkpoint_and_command_line_must_fit(inside, refused, tmp_path):
