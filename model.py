@@ -114,12 +114,12 @@ def meta_attention(block, x, rope, is_meta, n_meta, cache=None):
     if n_meta == 0:
         return torch.zeros_like(x)
     order = is_meta.int().argsort(dim=1, descending=True, stable=True)  # meta-tokens come first
-    index = order[:, :n_meta, None]                            # (B, M, 1)
-    rows = x.take_along_dim(index, dim=1)                      # (B, M, C)
-    rope = [angles.take_along_dim(index, dim=1) for angles in rope]
-    y = block.meta_attn(block.ln_meta(rows), rope, cache)      # (B, M, C)
-    y = y * is_meta[:, :, None].take_along_dim(index, dim=1)
-    return torch.zeros_like(x).scatter(1, index.expand_as(y), y.to(x.dtype))
+    b, t = torch.arange(len(x), device=x.device)[:, None], order[:, :n_meta]  # (B, 1), (B, M)
+    rope = [angles[b, t] for angles in rope]                   # (B, M, head_dim / 2) each
+    y = block.meta_attn(block.ln_meta(x[b, t]), rope, cache)   # (B, M, C)
+    added = torch.zeros_like(x)
+    added[b, t] = (y * is_meta[b, t, None]).to(x.dtype)
+    return added
 
 
 class MLP(nn.Module):

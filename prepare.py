@@ -244,7 +244,8 @@ def read_file(path, column='text'):
     elif path.suffix == '.parquet':
         yield from read_rows(load_dataset('parquet', data_files=file, split='train'), column)
     else:
-        lines = load_dataset('text', data_files=file, split='train')
+        # The first chunk is read twice, so it is small.
+        lines = load_dataset('text', data_files=file, split='train', chunksize=1 << 20)
         yield from read_json_lines(read_rows(lines, 'text'), column)
 
 
