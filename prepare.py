@@ -10,12 +10,12 @@ Writes data/NAME/train.bin and val.bin, in nanoGPT's format: uint16 token ids, d
 end-of-text. data.json says what is in them. The files hold text only. Meta-tokens are put in when
 a training block is built, so one data folder serves every rate of meta-tokens.
 """
-import difflib, glob, inspect, json, math, os, re, shutil, sys, sysconfig, tempfile, zlib
+import difflib, glob, gzip, inspect, json, math, os, re, shutil, sys, sysconfig, tempfile, zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import lru_cache
-from itertools import takewhile
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Literal, NewType, get_args
 
@@ -237,29 +237,28 @@ def local_files(source):
 
 def read_file(path, column='text'):
     """Yields lists of the documents of a local file, in which a document may be None."""
-    file = glob.escape(str(path))
     if path.suffix in ('.txt', '.py'):
         errors = 'replace' if path.suffix == '.py' else 'strict'
         yield [path.read_bytes().decode('utf-8-sig', errors)]
     elif path.suffix == '.parquet':
+        file = glob.escape(str(path))
         yield from read_rows(load_dataset('parquet', data_files=file, split='train'), column)
     else:
-        # The first chunk is read twice, so it is small.
-        lines = load_dataset('text', data_files=file, split='train', chunksize=1 << 20)
-        yield from read_json_lines(read_rows(lines, 'text'), column)
+        with (gzip.open if path.suffix == '.gz' else open)(path, 'rb') as f:
+            yield from read_json_lines(iter(lambda: list(islice(f, 128)), []), column)
 
 
 def read_json_lines(lists, column):
     """
-    Lists of lines -> lists of documents. The lines are parsed here: the library's own reader wants
-    one type for each key in all lines, also for the keys that nobody asks for.
+    Lists of lines -> lists of documents. This is not left to `datasets`: its reader wants one type
+    for each key in all lines, also for the keys that nobody asks for.
     """
     n, keys, found = 0, (), False
     for lines in lists:
         texts = []
         for n, line in enumerate(lines, start=n + 1):
             try:
-                row = json.loads(line.removeprefix('\ufeff')) if line.strip() else {}
+                row = json.loads(line) if line.strip() else {}
                 keys, text = row.keys() | keys, row.get(column)
             except (ValueError, AttributeError, RecursionError) as error:
                 raise UserError(f'line {n} is no JSON object ({said(error)})')
