@@ -110,7 +110,7 @@ def as_lines(names, lists):
 class Task(NamedTuple):
     make: Callable            # (size, length, rng, items) -> prompt, answer
     shortest: int             # tokens of its shortest prompts, if items are letters
-    longest_answer: Callable  # length -> the most tokens of its answer, if items are letters
+    longest_answer: Callable  # length -> the most tokens of its answer, a space and newline with it
     needs_marks: bool         # whether it cannot be answered without them
 
 
@@ -214,7 +214,7 @@ class FinetuneConfig(TrainConfig):
     eval_interval: Positive = 100  # grade and save every so many steps
     log_interval: Positive = 25  # a progress line every so many steps
     batch_size: Positive = 64    # examples of a micro-batch, on one device
-    meta_rate: Share = 0.0       # of the pre-training, which a checkpoint brings along
+    meta_rate: Share = 0.0       # that of pre-training, which a checkpoint brings; not used here
     learning_rate: float = 2e-3  # at its peak
     # what is learned
     task: Literal[(*TASKS, 'all')] = 'list_recall'  # all: every batch holds all of them
@@ -222,7 +222,7 @@ class FinetuneConfig(TrainConfig):
     train_length: Positive = 64  # the longest prompts, in tokens
     curriculum: bool = True      # five phases of growing prompts; False: train_length at once
     phase_iters: Positive = 150  # steps of each of the first four phases; the fifth is the rest
-    n_examples: Positive = 90_000  # different training examples of each length
+    n_examples: Positive = 90_000  # draws of training examples at each length, then again
     eval_examples: Positive = 200  # held-out prompts of train_length to grade on, always the same
     tokenizer: Literal['bytes', 'gpt2'] = 'bytes'  # bytes: items are letters; gpt2: words
 
@@ -243,7 +243,7 @@ def phase_lengths(task, train_length):
 
 
 def width_for(lengths):
-    """Positions that prompts of {task: length} tokens need, with their answers but for the end."""
+    """Positions that prompts of {task: length} and their answers need, less the last target."""
     return max(length + TASKS[task].longest_answer(length) - 1 for task, length in lengths.items())
 
 
@@ -289,7 +289,7 @@ def grade(model, rows, width, tok, machine, zero_meta=None):
 
 
 def markers_of(settings):
-    """--markers of a fine-tuned checkpoint. The first version knew one place, 'end' today."""
+    """--markers of a fine-tuned checkpoint. Old ones lack it: their list recall had 'end'."""
     first = 'end' if settings['task'] == 'list_recall' else 'task'
     return settings.get('markers', first)
 
@@ -364,7 +364,7 @@ class Recall:
         """Some held-out prompts, and what the model answers."""
         text, device = '', model.lm_head.weight.device
         model.eval()
-        for prompt, answer in self.held_out[::-(-len(self.held_out) // 4)]:
+        for prompt, answer in self.held_out[::math.ceil(len(self.held_out) / 4)]:
             idx = torch.tensor([prompt], device=device)
             new = model.generate(idx, len(answer), temperature=0, meta_every=0)[0, len(prompt):]
             said, wanted = self.tok.decode(new.tolist(), errors='replace'), self.tok.decode(answer)

@@ -2,8 +2,9 @@
 GPT-2 with learned meta-tokens (Shah, Gupta, Ramji, Chaudhari, arXiv 2509.16278): special tokens
 are dropped into the text, and in every block a second attention runs among these tokens alone.
 
-The file goes from that idea to its machinery. Sizes: B rows, T positions in a row,
-M meta-tokens in a row, C = n_embd = n_head * head_dim channels.
+The file goes from that idea to its machinery. `Linear`, `recomputed` and `cross_entropy` are plain
+torch made faster, and stand last. Sizes: B rows of a batch, T positions in a row, M meta-tokens
+in a row, C = n_embd = n_head * head_dim channels.
 """
 import math
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass
 class GPTConfig:
-    """The defaults are the paper's 152M model. GPTConfig(meta_attn=False, pos='ape') is GPT-2."""
+    """The paper's 152M model. GPTConfig(meta_attn=False, pos='ape', bias=True) is GPT-2."""
     block_size: int = 1024
     vocab_size: int = 50304  # GPT-2's 50257 tokens and the meta-token, padded to a multiple of 64
     n_layer: int = 12
@@ -26,7 +27,7 @@ class GPTConfig:
     bias: bool = False       # in linear layers and layer norms; GPT-2 has them
     pos: str = 'rope'        # 'rope', 'ape' (GPT-2's learned positions) or 'none'
     meta_attn: bool = True   # the second attention
-    meta_pos: bool = True    # False: meta-tokens have no position
+    meta_pos: bool = True    # False: meta-tokens have no position; under RoPE they stand at 0
     meta_id: int = 50257     # the id of the meta-token; ids from here on are never sampled
     rope_base: float = 10000.0
     yarn_scale: float = 1.0  # stretches the context so many times; 1 is plain RoPE
@@ -41,7 +42,7 @@ class GPTConfig:
 
 
 class Block(nn.Module):
-    """x (B, T, C) -> (B, T, C). The middle line of `forward` is the idea; the rest is GPT-2."""
+    """x (B, T, C) -> (B, T, C). GPT-2's block, and one step more."""
     def __init__(self, config, layer):
         super().__init__()
         self.config = config
@@ -55,13 +56,13 @@ class Block(nn.Module):
 
     def forward(self, x, rope, is_meta, n_meta, cache=None, meta_cache=None):
         x = x + self.attn(self.ln_1(x), rope, cache)
-        if self.config.meta_attn:
+        if self.config.meta_attn:  # the idea
             x = x + meta_attention(self, x, rope, is_meta, n_meta, meta_cache)
         return x + self.mlp(self.ln_2(x))
 
 
 class Attention(nn.Module):
-    """Causal self-attention among n rows: all tokens in `attn`, the meta-tokens in `meta_attn`."""
+    """Causal self-attention: among all tokens in `attn`, among the meta-tokens in `meta_attn`."""
     def __init__(self, config, layer):
         super().__init__()
         self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
@@ -79,7 +80,7 @@ class Attention(nn.Module):
         B, n, C = x.shape
         qkv = self.c_attn(x).view(B, n, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)       # each (B, n_head, n, head_dim)
-        if rope:  # v is copied, or as a view of qkv it would keep the unrotated q and k
+        if rope:  # a copy of v lets go of qkv, which holds the unrotated q and k
             q, k, v = apply_rope(q, rope), apply_rope(k, rope), v.contiguous()
         return q, k, v
 
@@ -89,9 +90,9 @@ class Attention(nn.Module):
 
 def masked_meta_attention(block, x, rope, is_meta):
     """
-    The paper's formula (section 3): softmax((Q K^T / sqrt(head_dim) + M) + P) V. M is the causal
-    mask. P[i, j] is 0 where i and j are both meta-tokens, else -inf. x (B, T, C), is_meta (B, T).
-    A row that may attend to nothing, as all text rows here, gets nothing. (The paper is silent.)
+    The paper's formula (section 3): softmax((Q K^T / sqrt(head_dim) + causal) + P) V, where P[i, j]
+    is 0 if i and j are both meta-tokens, else -inf. x (B, T, C), is_meta (B, T). A position that
+    may attend to nothing, as all text here, gets nothing. (The paper is silent about it.)
     """
     q, k, v = block.meta_attn.qkv(block.ln_meta(x), rope)      # (B, n_head, T, head_dim)
     both_meta = is_meta[:, :, None] & is_meta[:, None, :]      # (B, T, T)
@@ -106,10 +107,10 @@ def masked_meta_attention(block, x, rope, is_meta):
 
 def meta_attention(block, x, rope, is_meta, n_meta, cache=None):
     """
-    The same, as it runs. Outside of meta-tokens the formula's weights are exp(-inf) = 0: text rows
-    get nothing, text columns give nothing, so both can be left out. What is left is causal
-    attention among n_meta = M rows. Where a row of the batch holds fewer meta-tokens, text fills
-    its last slots: the causal mask hides it from the meta-tokens, and its own result is dropped.
+    The same, as it runs. Text gets nothing, and as its weights are exp(-inf) = 0, it gives nothing:
+    it can be left out. What is left is causal attention among n_meta = M meta-tokens. Where a row
+    of the batch holds fewer, text fills its last slots. The causal mask hides it from the
+    meta-tokens, and its own result is dropped.
     """
     if n_meta == 0:
         return torch.zeros_like(x)
@@ -118,7 +119,7 @@ def meta_attention(block, x, rope, is_meta, n_meta, cache=None):
     rope = [angles[b, t] for angles in rope]                   # (B, M, head_dim / 2) each
     y = block.meta_attn(block.ln_meta(x[b, t]), rope, cache)   # (B, M, C)
     added = torch.zeros_like(x)
-    added[b, t] = (y * is_meta[b, t, None]).to(x.dtype)
+    added[b, t] = (y * is_meta[b, t, None]).to(x.dtype)        # 0 where text fills a slot
     return added
 
 
@@ -141,7 +142,7 @@ class MLP(nn.Module):
 # The model
 
 class GPT(nn.Module):
-    """GPT-2 under nanoGPT's names. `meta_every` is what `generate` does unless told otherwise."""
+    """GPT-2 under nanoGPT's names. `meta_every` is the default of that argument of `generate`."""
 
     def __init__(self, config):
         super().__init__()
@@ -425,10 +426,10 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, meta_every=N
 
 class Linear(nn.Linear):
     """
-    nn.Linear. In generation on a CPU a token takes three quarters of its time.
+    nn.Linear. In generation on a CPU a token takes three quarters of nn.Linear's time.
 
-    With a few rows of x the time goes into reading the matrix. torch's kernel is made for many
-    rows and reads at half of the memory's speed. Here each thread reads its share of the rows.
+    There x has few rows, and the time goes into reading the weights. torch's kernel is made for
+    many rows and reads at half of the memory's speed. Here each thread reads a share of them.
     """
     def forward(self, x):
         with_gradients = torch.is_grad_enabled() or torch.compiler.is_compiling()
@@ -453,8 +454,8 @@ def recomputed(function, x):
 
 def cross_entropy(x, weight, targets):
     """
-    F.cross_entropy(x @ weight.T, targets, ignore_index=-1) of x (B, T, C). A CPU makes no logits
-    for rows without a target, and those of 512 rows at a time: twice as fast at 4 x 1024.
+    F.cross_entropy(x @ weight.T, targets, ignore_index=-1) of x (B, T, C). On a CPU logits are made
+    only where there is a target, 512 at a time: twice as fast at 4 x 1024.
     """
     x, targets = x.flatten(0, 1), targets.flatten()
     if x.device.type != 'cpu' or torch.compiler.is_compiling():

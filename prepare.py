@@ -55,7 +55,7 @@ def meta_count(block_size, meta_rate):
 
 
 def meta_every(meta_rate):
-    """After how many text tokens a meta-token comes, if one in 1 / meta_rate is; 0: never."""
+    """Text tokens from one meta-token to the next at this rate; 0: there are none."""
     return max(round(1 / meta_rate) - 1, 1) if meta_rate else 0
 
 
@@ -378,8 +378,8 @@ HELD_OUT = 20  # one document in so many is held out where the source has no val
 
 def encode_documents(tok, split, texts):
     """
-    texts -> [(places, tokens (n,) uint16)], end-of-text behind each. places says in which split a
-    document belongs, and in which what the first has no room for.
+    texts -> [(places, tokens (n,) uint16)], end-of-text behind each. places: the split that a
+    document goes to, then the one that takes what the first has no room for.
     """
     documents = []
     for text in texts:
@@ -585,7 +585,7 @@ def read_value(setting, text, choices):
     if kind not in RANGES:
         return text == 'True' if kind is bool else os.path.expanduser(text)
     (low, end), whole = RANGES[kind], kind in (int, Positive)
-    low = min(low, setting.default)  # a default below the range means something
+    low = min(low, setting.default)  # a default below the range, such as -1, is allowed
     try:
         value = float(text)
     except ValueError:

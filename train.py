@@ -112,11 +112,12 @@ def train_step(run):
             seed = np.random.SeedSequence([cfg.seed, first + n]).generate_state(1)[0]
             torch.manual_seed(int(seed))
         if machine.world > 1:  # the processes exchange gradients once a step
-            run.ddp.require_backward_grad_sync = n == n_mine - 1
-        share = count_targets(targets) / n_targets
+            run.parallel.require_backward_grad_sync = n == n_mine - 1
+        weight = count_targets(targets) / n_targets
         n_meta = most_meta(idx, run.model.config.meta_id)
         with machine.autocast:
-            loss = run.ddp(*machine.to_device(idx, targets), n_meta=n_meta)[1] * share
+            _, loss = run.parallel(*machine.to_device(idx, targets), n_meta=n_meta)
+        loss = loss * weight   # of all the targets of the step
         run.scaler.scale(loss * machine.world).backward()  # DDP averages over the processes
         total += loss.detach()
 
@@ -135,7 +136,7 @@ def train_step(run):
         optimizer.zero_grad(set_to_none=True)
     run.scaler.update()
     run.it += 1
-    n_tokens = cfg.gradient_accumulation_steps * idx.size
+    n_tokens = cfg.gradient_accumulation_steps * idx.size  # all micro-batches have one shape
     run.tokens += n_tokens
     run.flops += n_tokens * run.model.flops_per_token(idx.shape[1], n_meta)
     return loss, grad_norm
@@ -207,7 +208,7 @@ class Pretraining:
     def evaluate(self, model):
         """
         The loss on the first eval_iters validation batches, the same for any number of processes:
-        val_loss in nats per text token, val_bpb in bits per byte. Nothing after a stop signal.
+        val_loss in nats per text token, val_bpb in bits per byte. {} after a stop signal.
         """
         rows, machine = self.cfg.batch_size, self.machine
         n_rows = min(self.cfg.eval_iters * rows, self.val.n_chunks)
@@ -217,7 +218,7 @@ class Pretraining:
             if STOP & set(machine.signals):
                 break
             idx, targets = self.val.batch(row, rows)  # always whole, so that compile sees one shape
-            targets[n_rows - row:] = -1
+            targets[n_rows - row:] = -1  # rows beyond the last count for nothing
             with torch.no_grad(), machine.autocast:
                 loss = model(*machine.to_device(idx, targets), n_meta=self.n_meta)[1]
             nats += loss.item() * count_targets(targets)
@@ -301,12 +302,13 @@ class Run:
         if cfg.init_from == 'resume':
             self.resume(checkpoint)
         start = zlib.crc32(json.dumps([self.it, task.data]).encode())
-        if machine.sum(start) != [machine.world * start]:
+        if machine.sum(start) != [machine.world * start]:  # is it the same everywhere?
             raise UserError('the processes start from different data or checkpoints: give them the '
                             'same files')
-        self.compiled = self.ddp = machine.compiled(model, cfg.compile)
+        # The same weights, in up to two wrappers.
+        self.compiled = self.parallel = machine.compiled(model, cfg.compile)
         if machine.world > 1:
-            self.ddp = DistributedDataParallel(self.compiled)
+            self.parallel = DistributedDataParallel(self.compiled)
         self.began, self.first_it = time.time(), self.it
         self.restart_clock()
 
@@ -372,16 +374,16 @@ class Run:
                      scaler=self.scaler.state_dict(), model_args=asdict(self.model.config),
                      config=asdict(self.cfg), tokenizer=self.task.tok.name, data=self.task.data,
                      iter_num=self.it, tokens=self.tokens, best_val_loss=self.best_val_loss)
-        saved = self.machine.rank > 0
-        if self.machine.rank == 0:
-            with keep_going(f'{name} (the one before it stands)'):
-                replace_file(self.out_dir / name, lambda path: torch.save(state, path))
-                shutil.rmtree(self.out_dir / 'replaced', ignore_errors=True)
-                saved = True
-        return saved
+        if self.machine.rank > 0:
+            return True
+        with keep_going(f'{name} (the one before it stands)'):
+            replace_file(self.out_dir / name, lambda path: torch.save(state, path))
+            shutil.rmtree(self.out_dir / 'replaced', ignore_errors=True)
+            return True
+        return False
 
     def save_both(self, val_loss):
-        """best.pt, if the loss is the lowest so far, and ckpt.pt. Returns whether ckpt.pt is."""
+        """best.pt, if the loss is the lowest so far, and ckpt.pt. Returns whether that is saved."""
         if val_loss < self.best_val_loss:
             before, self.best_val_loss = self.best_val_loss, val_loss
             if not self.save('best.pt'):
@@ -587,18 +589,20 @@ def open_run(cfg, given, inherited, preset):
     if unknown := old.keys() - asdict(cfg).keys():
         raise UserError(f"{out_dir} holds a run of another script: it has {', '.join(unknown)}")
     cfg = settle(replace(cfg, **old | given), given)
-    for key, value in old.items() if resume else ():
+    if not resume:
+        return cfg, checkpoint, out_dir
+    for key, value in old.items():
         if getattr(cfg, key) != value and key not in MAY_CHANGE:
             raise UserError(f'--{key}={getattr(cfg, key)}: the run in {out_dir} has {value}, and '
                             f'goes on with it; --init_from={path} starts a new run from it')
-    if resume and rows_of_a_step(asdict(cfg)) != rows_of_a_step(old):
+    if rows_of_a_step(asdict(cfg)) != rows_of_a_step(old):
         raise UserError(f'a step of the run in {out_dir} has {rows_of_a_step(old)} rows: '
                         '--batch_size times --gradient_accumulation_steps must stay that')
     return cfg, checkpoint, out_dir
 
 
 def settle(cfg, given):
-    """A default makes way for what is given. Two given settings that contradict are refused."""
+    """Refuses two given settings that contradict. A default min_lr makes way for a lower rate."""
     for low, high in (('min_lr', 'learning_rate'), ('warmup_iters', 'max_iters'),
                       ('warmup_iters', 'lr_decay_iters')):
         if low in given and getattr(cfg, low) > getattr(cfg, high) > 0:
@@ -613,7 +617,7 @@ def rows_of_a_step(settings):
 
 
 def open_folder(run):
-    """Makes the folder of a fresh run. Of a resumed one, cuts the log to where that goes on."""
+    """Makes the folder of a fresh run, or cuts a resumed run's log at its checkpoint."""
     out_dir, rows = run.out_dir, []
     out_dir.mkdir(parents=True, exist_ok=True)
     if run.it > 0 and (out_dir / 'log.csv').is_file():
@@ -731,6 +735,10 @@ class Machine:
         dist.all_reduce(total)
         return total.tolist()
 
+    def wait(self):
+        """Until all processes are here."""
+        self.sum(0)
+
     def asked_to_stop(self):
         """The stop signal that any of the processes has received, or 0."""
         mine = [number for number in self.signals if number in STOP]
@@ -836,17 +844,19 @@ def run_whole(run):
         written = '  '.join(name for name in RUN_FILES if (out_dir / name).exists())
         machine.say(f'written to {out_dir}/: {written}\n'
                     f'next    look at {out_dir}/loss.png\n{run.task.next_steps(out_dir)}')
-    machine.sum(0)  # the other processes wait for the first
+    machine.wait()  # for the first process
 
 
 def main():
     cfg, given = parse_config(TrainConfig, PRESETS, doc=__doc__)
-    own = {'preset', 'init_from', 'out_dir', 'overwrite', 'eval_only', 'device', 'dtype', 'compile'}
-    cfg, checkpoint, out_dir = open_run(cfg, given, asdict(cfg).keys() - own, PRESETS[cfg.preset])
+    not_inherited = {'preset', 'init_from', 'out_dir', 'overwrite', 'eval_only', 'lr_decay_iters',
+                     'device', 'dtype', 'compile'}
+    cfg, checkpoint, out_dir = open_run(cfg, given, asdict(cfg).keys() - not_inherited,
+                                        PRESETS[cfg.preset])
     machine = Machine(cfg.device, cfg.dtype, many=True)
     if cfg.dataset == 'stdlib':
         make_stdlib(machine)
-    machine.sum(0)  # the other processes wait for the data
+    machine.wait()  # for the data
     data = load_data(cfg.dataset)
     task = Pretraining(cfg, machine, data)
     torch.manual_seed(cfg.seed)
