@@ -303,7 +303,7 @@ class Recall:
 
     def __init__(self, cfg, machine, tok):
         self.cfg, self.machine, self.tok = cfg, machine, tok
-        self.data, self.last = None, {}
+        self.about, self.last = None, {}
         self.phase_starts = [n * cfg.phase_iters for n in range(1, 5)] if cfg.curriculum else []
         self.tasks = list(TASKS) if cfg.task == 'all' else [cfg.task]
         lengths = dict.fromkeys(self.tasks, cfg.train_length)

@@ -13,6 +13,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 
 @dataclass
@@ -233,17 +234,14 @@ class GPT(nn.Module):
 
     def flops_per_token(self, T, M):
         """
-        Floating-point operations of a training step, per position of a row of T with M meta-tokens.
-
-        A weight costs 2: a block has 12 * C^2, its meta-attention 4 * C^2. A position attended to
-        costs 4 * C, masked or not. Backward costs twice forward. Meta-attention counts as it runs:
-        M rows of the T, each attending to M.
+        Floating-point operations of a training step, per position of a row of T that holds M
+        meta-tokens: torch counts the matrix products of forward, and backward costs twice that.
         """
-        C, n_layer = self.config.n_embd, self.config.n_layer
-        forward = 2 * self.config.vocab_size * C + n_layer * (2 * 12 * C ** 2 + 4 * C * T)
-        if self.config.meta_attn:
-            forward += n_layer * (2 * 4 * C ** 2 + 4 * C * M) * M / T
-        return 3 * forward
+        with torch.device('meta'):                             # shapes alone, nothing is computed
+            model, idx = GPT(self.config), torch.zeros(1, T, dtype=torch.long)
+        with FlopCounterMode(display=False) as counter:
+            model(idx, idx, n_meta=M)
+        return 3 * counter.get_total_flops() / T
 
 # ------------------------------------------------------------------------------
 # Positions: RoPE, and YaRN to stretch it

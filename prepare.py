@@ -10,7 +10,7 @@ Writes data/NAME/train.bin and val.bin, in nanoGPT's format: uint16 token ids, d
 end-of-text. data.json says what is in them. The files hold text only. Meta-tokens are put in when
 a training block is built, so one data folder serves every rate of meta-tokens.
 """
-import difflib, glob, gzip, inspect, json, math, os, re, shutil, sys, sysconfig, tempfile, zlib
+import difflib, glob, gzip, inspect, json, math, os, re, sys, sysconfig, tempfile, time, zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -528,7 +528,11 @@ def run_script(main):
         text = (f'out of memory ({said(error)}): lower --batch_size, and in training raise '
                 '--gradient_accumulation_steps as much')
     rank = os.environ.get('RANK', '0')  # of a process under torchrun
-    print(f"{script}{'' if rank == '0' else f' (rank {rank})'}: {text}", file=sys.stderr)
+    text = f"{script}{'' if rank == '0' else f' (rank {rank})'}: {text}"
+    print(text, file=sys.stderr)
+    if 'TORCHELASTIC_ERROR_FILE' in os.environ:  # torchrun ends with what stands there
+        report = json.dumps(dict(message=text, timestamp=int(time.time())))
+        Path(os.environ['TORCHELASTIC_ERROR_FILE']).write_text(report)
     raise SystemExit(2)
 
 

@@ -138,7 +138,8 @@ def train_step(run):
     run.it += 1
     n_tokens = cfg.gradient_accumulation_steps * idx.size  # all micro-batches have one shape
     run.tokens += n_tokens
-    run.flops += n_tokens * run.model.flops_per_token(idx.shape[1], n_meta)
+    if machine.peak_flops:
+        run.flops += n_tokens * run.flops_per_token(idx.shape[1], n_meta)
     return loss, grad_norm
 
 
@@ -185,7 +186,8 @@ class Pretraining:
     phase_starts = ()  # the steps at which what is learned changes
 
     def __init__(self, cfg, machine, data):
-        self.cfg, self.machine, self.tok, self.data = cfg, machine, data.tok, data.about
+        self.cfg, self.machine, self.tok = cfg, machine, data.tok
+        self.about = data.about  # a run is resumed on the same data only
         T, rate = cfg.block_size, cfg.meta_rate
         self.n_meta, meta_id = meta_count(T, rate), meta_token(data.tok)
         if self.n_meta >= T:
@@ -299,9 +301,10 @@ class Run:
         self.optimizers = make_optimizers(model, cfg)
         self.scaler = torch.amp.GradScaler(machine.type, enabled=machine.dtype == 'float16')
         self.it, self.tokens, self.flops, self.best_val_loss = 0, 0, 0, math.inf
+        self.flops_per_token = lru_cache(model.flops_per_token)
         if cfg.init_from == 'resume':
             self.resume(checkpoint)
-        start = zlib.crc32(json.dumps([self.it, task.data]).encode())
+        start = zlib.crc32(json.dumps([self.it, task.about]).encode())
         if machine.sum(start) != [machine.world * start]:  # is it the same everywhere?
             raise UserError('the processes start from different data or checkpoints: give them the '
                             'same files')
@@ -314,7 +317,7 @@ class Run:
 
     def resume(self, checkpoint):
         """Takes the state of a run. Raises UserError if it does not fit the model or data."""
-        if checkpoint.get('data') not in (None, self.task.data):
+        if checkpoint.get('data') not in (None, self.task.about):
             raise UserError(f'data/{self.cfg.dataset} is not what the run in {self.out_dir} was '
                             'trained on: bring that back, or start a new run')
         try:
@@ -372,7 +375,7 @@ class Run:
         state = dict(model=self.model.state_dict(),
                      optimizer=[optimizer.state_dict() for optimizer in self.optimizers],
                      scaler=self.scaler.state_dict(), model_args=asdict(self.model.config),
-                     config=asdict(self.cfg), tokenizer=self.task.tok.name, data=self.task.data,
+                     config=asdict(self.cfg), tokenizer=self.task.tok.name, data=self.task.about,
                      iter_num=self.it, tokens=self.tokens, best_val_loss=self.best_val_loss)
         if self.machine.rank > 0:
             return True
@@ -819,14 +822,24 @@ def make_stdlib(machine):
             raise
 
 
+def describe(model, tokenizer):
+    """How large a model is, in the lines a run begins with."""
+    n_params = sum(p.numel() for p in model.parameters())
+    n_meta = sum(p.numel() for name, p in model.named_parameters() if 'meta' in name)
+    text = (f'model   {n_params / 1e6:.2f}M parameters, {n_meta / 1e6:.2f}M of them for '
+            'meta-attention')
+    share = model.lm_head.weight.numel() / n_params
+    if tokenizer == 'gpt2' and share > 0.5:
+        text += (f"\nnote    {share:.0%} of them are the embedding of GPT-2's tokens: with "
+                 '--tokenizer=bytes in prepare.py a step takes a fraction of the time')
+    return text
+
+
 def run_whole(run):
     """A run from its first line to its last: finetune.py's, too."""
     cfg, machine, out_dir = run.cfg, run.machine, run.out_dir
-    n_params = sum(p.numel() for p in run.model.parameters()) / 1e6
-    n_meta = sum(p.numel() for name, p in run.model.named_parameters() if 'meta' in name) / 1e6
     machine.say(f'device  {machine.name}, {machine.dtype}, {machine.world} process(es)\n'
-                f'model   {n_params:.2f}M parameters, {n_meta:.2f}M of them for meta-attention\n'
-                f'{run.task.describe()}\n'
+                f'{describe(run.model, run.task.tok.name)}\n{run.task.describe()}\n'
                 f'run     {out_dir}: {cfg.max_iters:,} steps of {rows_of_a_step(asdict(cfg))} rows')
     if cfg.eval_only:
         run.validate()
