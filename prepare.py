@@ -31,7 +31,7 @@ def inject_meta_tokens(text, n_meta, meta_id, rng, placement='random'):
     The last token of a row of text is only a target. A target is the token that comes next, or
     -1 if that is a meta-token. So every text token is predicted once, by what stands before it.
     placement: 'random' draws n_meta of the T positions for each row, all equally likely, with
-    rng, a numpy Generator. 'periodic' spaces them evenly.
+    rng, a numpy Generator. 'periodic' spaces them evenly. 'start' puts them first.
     """
     B, W = text.shape
     T = W - 1 + n_meta
@@ -39,8 +39,10 @@ def inject_meta_tokens(text, n_meta, meta_id, rng, placement='random'):
     if placement == 'random':
         first = np.tile(np.arange(T) < n_meta, (B, 1))
         is_meta[:, :T] = rng.permuted(first, axis=1)
-    else:
+    elif placement == 'periodic':
         is_meta[:, (np.arange(n_meta) + 1) * T // max(n_meta, 1) - 1] = True
+    else:
+        is_meta[:, :n_meta] = True
 
     tokens = np.full((B, T + 1), meta_id, dtype=np.int64)
     tokens[~is_meta] = text.ravel()                  # row by row: the text keeps its order

@@ -51,7 +51,7 @@ class TrainConfig:
     gradient_accumulation_steps: Positive = 1  # micro-batches in a step, over all devices
     block_size: Positive = 256   # T, positions in a row, meta-tokens included
     meta_rate: Share = 0.1       # k, the share of meta-tokens among them; 0 is plain GPT-2 data
-    meta_placement: Literal['random', 'periodic'] = 'random'  # drawn for each row, or evenly spaced
+    meta_placement: Literal['random', 'periodic', 'start'] = 'random'  # where: drawn for each row
     # the model
     n_layer: Positive = 3        # blocks
     n_head: Positive = 4         # heads in each attention

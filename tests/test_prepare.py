@@ -79,7 +79,7 @@ def inject(B, T, n_meta, seed=0, placement='random'):
 
 @pytest.mark.parametrize('T', [8, 16, 64, 100, 256, 1000, 1024])
 @pytest.mark.parametrize('rate', [0, 0.05, 0.1, 0.2, 0.5])
-@pytest.mark.parametrize('placement', ['random', 'periodic'])
+@pytest.mark.parametrize('placement', ['random', 'periodic', 'start'])
 def test_block(T, rate, placement):
     B, M = 7, round(rate * T)
     assert meta_count(T, rate) == M
@@ -124,6 +124,11 @@ def test_positions_are_uniform_and_independent():
 def test_periodic_is_even():
     _, idx, _ = inject(2, 100, 10, placement='periodic')
     assert set(np.diff(np.flatnonzero(idx[0] == META_ID))) == {10}
+
+
+def test_start_is_first():
+    _, idx, _ = inject(2, 100, 3, placement='start')
+    assert (np.flatnonzero(idx[0] == META_ID) == [0, 1, 2]).all()
 
 
 def test_meta_every_is_as_often_as_in_training():

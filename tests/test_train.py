@@ -867,3 +867,18 @@ def test_weight_decay_on_matrices_only(optimizer):
         assert decayed[id(p)] == (p.dim() == 2), name
         in_block = optimizer == 'muon' and '.h.' in name
         assert (id(p) in by_muon) == (in_block and p.dim() == 2), name
+
+
+def test_without_what_only_posix_has(cli, tmp_path):
+    """As on Windows: no POSIX modules, none of their signals, and a terminal without UTF-8."""
+    (tmp_path / 'sitecustomize.py').write_text('''
+import signal, sys
+for name in 'resource', 'fcntl', 'pwd', 'grp', 'termios', 'tty', 'pty', 'syslog':
+    sys.modules[name] = None  # which makes an import of it fail
+for name in 'SIGHUP', 'SIGUSR1', 'SIGUSR2', 'SIGKILL', 'SIGALRM', 'SIGPIPE', 'SIGQUIT':
+    delattr(signal, name)
+''')
+    posix = dict(PYTHONPATH=str(tmp_path), USERNAME='a', LC_ALL='C', PYTHONUTF8='0')
+    cli('train.py', *SMALL, '--max_iters=2', '--out_dir=out/a', **posix)
+    cli('evaluate.py', 'sharpening', '--ckpt=out/a/best.pt', '--n_rows=2', **posix)
+    assert (tmp_path / 'out/a/eval/sharpening.png').exists()
