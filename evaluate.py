@@ -7,6 +7,7 @@ Measure a trained model, one sub-command each; -h behind it lists its settings.
     python evaluate.py sharpening --ckpt=out/tiny/best.pt   # do meta-tokens sharpen attention?
     python evaluate.py caching --ckpt=out/tiny/best.pt      # do they cache what stood before them?
     python evaluate.py rate_distortion --ckpt=out/tiny-list_recall/best.pt   # the answer, per nat
+    python evaluate.py attention --ckpt=out/tiny-list_recall/best.pt   # what attends to what
     python evaluate.py theory                               # the paper's two theorems, run
     python evaluate.py sample --ckpt=out/tiny/best.pt --prompt="def "   # text, as it comes
 
@@ -26,13 +27,13 @@ import tiktoken
 import torch
 import torch.nn.functional as F
 
-from finetune import TASKS, collate, examples, grade, markers_of, width_for
+from finetune import TASKS, collate, examples, grade, markers_of, to_ids, width_for
 from model import GPT, stream
 from prepare import (Blocks, Positive, UserError, encode, inject_meta_tokens, load_data,
                      local_files, meta_count, meta_every, naming, parse_config, read_file,
                      run_script, token_bytes)
-from train import (Machine, build_model, get_tokenizer, load_checkpoint, new_figure, printable,
-                   replace_file)
+from train import (Machine, build_model, encode_prompt, get_tokenizer, load_checkpoint,
+                   new_figure, printable, replace_file)
 
 # ------------------------------------------------------------------------------
 # What the sub-commands share
@@ -444,32 +445,60 @@ def open_inside(doc, argv):
 
 
 class Seen(NamedTuple):
-    attn: torch.nn.Module   # the causal attention of a block
-    inputs: tuple           # (x, rope) that it was given
-    x: torch.Tensor         # (B, T, C), the residual stream after the block
+    block: torch.nn.Module
+    x: torch.Tensor         # (B, T, C), the residual stream before the block
+    rope: tuple             # that the block was given
+    is_meta: torch.Tensor   # (B, T)
+    output: torch.Tensor    # (B, T, C), the residual stream after the block
 
 
 def look_inside(model, idx, zero_meta=None):
     """idx (B, T) -> [Seen], one for each block."""
-    inputs, outputs, hooks = [], [], []
+    seen, hooks = [], []
     for block in model.transformer.h:
-        hooks.append(block.attn.register_forward_pre_hook(
-            lambda attn, args: inputs.append((attn, args[:2]))))
-        hooks.append(block.register_forward_hook(lambda block, args, x: outputs.append(x)))
+        hooks.append(block.register_forward_hook(
+            lambda block, args, output: seen.append(Seen(block, *args[:3], output))))
     with torch.no_grad():
         model.hidden(idx, zero_meta)
     for hook in hooks:
         hook.remove()
-    return [Seen(attn, args, x) for (attn, args), x in zip(inputs, outputs)]
+    return seen
 
 
-@torch.no_grad()
 def attention_logits(attn, x, rope):
     """What the softmax of a causal attention sees, (B, n_head, T, T): -inf above the diagonal."""
     q, k, _ = attn.qkv(x, rope)
     scores = q @ k.mT / math.sqrt(q.shape[-1])
     later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
     return scores.masked_fill(later, -torch.inf)
+
+
+@torch.no_grad()
+def causal_logits(seen):
+    return attention_logits(seen.block.attn, seen.block.ln_1(seen.x), seen.rope)
+
+
+@torch.no_grad()
+def meta_logits(seen):
+    """The same of a block's meta-attention: -inf also where not both are meta-tokens."""
+    block, is_meta = seen.block, seen.is_meta
+    x = seen.x + block.attn(block.ln_1(seen.x), seen.rope)
+    both_meta = is_meta[:, None, :, None] & is_meta[:, None, None, :]   # (B, 1, T, T)
+    logits = attention_logits(block.meta_attn, block.ln_meta(x), seen.rope)
+    return logits.masked_fill(~both_meta, -torch.inf)
+
+
+def attention(model, idx):
+    """
+    What attends to what, idx (B, T): two arrays (n_layer, B, n_head, T, T), of causal attention and
+    of meta-attention. In a row of text the latter is all 0; it is None in a model without it.
+    """
+    blocks, meta = look_inside(model, idx), None
+    causal = torch.stack([causal_logits(seen).softmax(-1) for seen in blocks])
+    if model.config.meta_attn:
+        meta = torch.stack([meta_logits(seen).softmax(-1).nan_to_num() for seen in blocks])
+        meta = meta.cpu().numpy()
+    return causal.cpu().numpy(), meta
 
 
 def entropy(logits):
@@ -505,7 +534,7 @@ def at_text_tokens(model, row, zero_meta=None):
     """
     text, layers = (row != model.config.meta_id).nonzero()[1:, 0], []
     for seen in look_inside(model, row[None], zero_meta):
-        logits = attention_logits(seen.attn, *seen.inputs)[0, :, text]  # (n_head, n, T)
+        logits = causal_logits(seen)[0, :, text]                    # (n_head, n, T)
         layers.append(torch.stack([f(logits) for f in SHARPENED.values()], dim=-1))
     return torch.stack(layers).cpu().numpy()
 
@@ -581,7 +610,7 @@ def caching(argv):
     cfg, m, idx = open_inside(caching.__doc__, argv)
     results = measure_caching(m.model, idx)
     report_caching(results, m.name, idx.shape)
-    figure = draw_caching(results, look_inside(m.model, idx[:1])[-1].x[0], idx[0].cpu(), m)
+    figure = draw_caching(results, look_inside(m.model, idx[:1])[-1].output[0], idx[0].cpu(), m)
     write_results(cfg.ckpt, 'caching', dict(settings=asdict(cfg), **results), figure)
 
 
@@ -610,10 +639,11 @@ def measure_caching(model, idx):
         is_meta = (row == model.config.meta_id).cpu()               # (T,)
         uniform[n] = (is_meta.cumsum(0) / torch.arange(1, T + 1))[~is_meta].mean()
         for layer, seen in enumerate(look_inside(model, row[None])):
-            weights = attention_logits(seen.attn, *seen.inputs).softmax(-1)[0].mean(0).cpu()
+            weights = causal_logits(seen).softmax(-1)[0].mean(0).cpu()
             looked[n, layer] = weights[~is_meta][:, is_meta].sum(-1).mean()
             for kind, here in enumerate((is_meta, ~is_meta)):
-                sums[:, kind, layer, n] = cosines_by_distance(seen.x[0], here, is_meta, distance)
+                sums[:, kind, layer, n] = cosines_by_distance(seen.output[0], here, is_meta,
+                                                              distance)
 
     def cosine(rows, near, far):                                    # -> (2, L)
         total, count = sums[:, :, :, rows, near:far].sum(axis=(3, 4))
@@ -698,6 +728,99 @@ def shown_token(tok, i):
     """A token as a picture can show it."""
     text = tok.decode([i]).replace('\n', '⏎').replace(' ', '␣')
     return ''.join(c if c.isprintable() else '·' for c in text)
+
+# ------------------------------------------------------------------------------
+# attention: what the token that predicts the answer looks at
+
+@dataclass
+class AttentionConfig:
+    ckpt: str = 'out/tiny-list_recall/best.pt'  # one fine-tuned checkpoint, or several with commas
+    prompt: str = ''             # with · for meta-tokens and ⏎ for new lines; empty: a held-out one
+    length: Positive = 40        # of the held-out prompt, in tokens
+    device: str = 'auto'         # auto | cpu | cuda | mps
+
+
+def show_attention(argv):
+    """
+    What the token that predicts the answer attends to in each block, and what the meta-tokens
+    attend to among themselves. Means over the heads.
+    """
+    cfg, _ = parse_config(AttentionConfig, argv=argv, doc=show_attention.__doc__)
+    models = load_models(cfg.ckpt, Machine(cfg.device, 'float32'))
+    ids = prompt_to_look_at(cfg, models[0])
+    for m in models:
+        if m.tok.name != models[0].tok.name:
+            raise UserError(f'{m.name} has other tokens than {models[0].name}')
+        if m.model.config.pos == 'ape' and len(ids) > m.model.config.block_size:
+            raise UserError(f'the prompt has {len(ids)} tokens, and the learned positions (APE) of '
+                            f'{m.name} end at {m.model.config.block_size}')
+    results = [measure_attention(m, ids) for m in models]
+    report_attention(results)
+    write_results(cfg.ckpt, 'attention', results, draw_attention(results))
+
+
+def prompt_to_look_at(cfg, m):
+    """The ids of a prompt, up to the token that predicts the answer: in bytes, its space."""
+    task = m.trained.get('task', 'list_recall')
+    space = m.tok.encode_ordinary(' ') if m.tok.name == 'bytes' else []
+    if cfg.prompt:
+        return to_ids(cfg.prompt.replace('⏎', '\n'), m.tok) + space
+    markers = markers_of(m.trained) if 'task' in m.trained else 'task'
+    task = 'list_recall' if task == 'all' else task
+    (prompt, _), = held_out(task, cfg.length, 1, m.tok, markers)
+    return prompt + space
+
+
+def measure_attention(m, ids):
+    """looked (n_layer, T): the weights of the last token; among (n_layer, M, M): meta-attention."""
+    idx = torch.tensor([ids], device=m.model.lm_head.weight.device)
+    causal, meta = attention(m.model, idx)
+    words = ['·' if i == m.model.config.meta_id else shown_token(m.tok, i) for i in ids]
+    at = [t for t, i in enumerate(ids) if i == m.model.config.meta_id]
+    results = dict(model=m.name, tokens=words, meta_at=at, looked=causal[:, 0, :, -1].mean(axis=1))
+    if meta is not None:
+        results['among'] = meta[:, 0].mean(axis=1)[:, at][:, :, at]
+    return results
+
+
+def report_attention(results):
+    print(''.join(results[0]['tokens']))
+    for r in results:
+        for layer, weights in enumerate(r['looked']):
+            most = np.argsort(-weights)[:4]
+            looked = ', '.join(f"{r['tokens'][t]} at {t} ({weights[t]:.0%})" for t in most)
+            print(f"{r['model']}, block {layer}: the last token looks at {looked}")
+
+
+def draw_attention(results):
+    """A column for each model: by block, the last token's weights; below, meta-attention's."""
+    words, n_layer = results[0]['tokens'], max(len(r['looked']) for r in results)
+    figure = new_figure(max(4, 0.2 * len(words)) * len(results), 2.5 + 0.5 * n_layer)
+    columns = figure.subfigures(1, len(results), squeeze=False)[0]
+    for r, column in zip(results, columns):
+        above, below = column.subfigures(2, 1, height_ratios=(1, 1.3))
+        block, place = np.unravel_index(r['looked'].argmax(), r['looked'].shape)
+        ax = above.subplots()
+        ax.imshow(r['looked'], cmap='Greys', vmin=0, aspect='auto')
+        ax.set_xticks(range(len(words)), words, fontsize=8)
+        ax.set_yticks(range(len(r['looked'])))
+        ax.set(ylabel='block', title=f"{r['model']}: the last token looks most at {words[place]} "
+               f"at {place}, in block {block} ({r['looked'][block, place]:.0%})")
+        if not len(r.get('among', [])) or not r['meta_at']:
+            below.text(0.5, 0.5, 'no meta-attention', ha='center')
+            continue
+        labels = [f'· at {t}' for t in r['meta_at']]
+        axes = below.subplots(1, len(r['among']), sharey=True, squeeze=False)[0]
+        for layer, (ax, weights) in enumerate(zip(axes, r['among'])):
+            ax.imshow(weights, cmap='Greys', vmin=0, vmax=1)
+            ax.set_xticks(range(len(labels)), labels, fontsize=8, rotation=90)
+            ax.set_yticks(range(len(labels)), labels, fontsize=8)
+            ax.set_title(f'meta-attention, block {layer}', fontsize=9)
+            for (i, j), weight in np.ndenumerate(weights):
+                if j <= i and len(labels) < 6:
+                    color = 'w' if weight > 0.5 else 'k'
+                    ax.text(j, i, f'{weight:.2f}', ha='center', va='center', color=color)
+    return figure
 
 # ------------------------------------------------------------------------------
 # rate_distortion: what the state of the last meta-token tells per nat (paper, section 5)
@@ -968,8 +1091,7 @@ def raise_one_logit(n_rows, n_keys, generator):
 
 def logit_of(model, idx, t, s, layer):
     """The logits (n_head,) with which position t of idx (T,) looks at position s, in a layer."""
-    seen = look_inside(model, idx[None])[layer]
-    return attention_logits(seen.attn, *seen.inputs)[0, :, t, s]
+    return causal_logits(look_inside(model, idx[None])[layer])[0, :, t, s]
 
 # ------------------------------------------------------------------------------
 # sample: text, as it comes
@@ -989,14 +1111,6 @@ class SampleConfig:
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of matrix products
 
 
-def with_meta(ids, every, meta_id):
-    """ids with a meta-token after every so many, counted from the end: new text goes on in step."""
-    marked = []
-    for left, i in zip(reversed(range(len(ids))), ids):
-        marked += [i, meta_id] if every and left % every == 0 else [i]
-    return marked
-
-
 def sample(argv):
     """Text from a checkpoint, printed as it comes."""
     cfg, given = parse_config(SampleConfig, argv=argv, doc=sample.__doc__)
@@ -1004,10 +1118,10 @@ def sample(argv):
     m = load_one(cfg.ckpt, machine, with_meta_tokens=False)
     config, eot = m.model.config, m.tok.eot_token
     every = cfg.meta_every if cfg.meta_every >= 0 else meta_every(m.trained['meta_rate'])
-    prompt = with_meta(encode(m.tok, cfg.prompt).tolist() or [eot], every, config.meta_id)
-    idx, n_new = torch.tensor([prompt], device=machine.device), cfg.max_new_tokens
+    m.model.meta_every = every
+    idx, n_new = encode_prompt(cfg.prompt, m.model, m.tok), cfg.max_new_tokens
     if config.pos == 'ape' and 'max_new_tokens' not in given:  # its positions end
-        room = config.block_size - len(prompt)
+        room = config.block_size - idx.shape[1]
         n_new = max(1, min(n_new, room * every // (every + 1) if every else room))
     generator = torch.Generator(machine.device).manual_seed(cfg.seed)
     for n in range(cfg.num_samples):
@@ -1027,7 +1141,8 @@ def sample(argv):
 
 
 COMMANDS = {'tasks': tasks, 'perplexity': perplexity, 'sharpening': sharpening, 'caching': caching,
-            'rate_distortion': rate_distortion, 'theory': theory, 'sample': sample}
+            'attention': show_attention, 'rate_distortion': rate_distortion, 'theory': theory,
+            'sample': sample}
 
 
 def main():

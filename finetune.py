@@ -5,6 +5,7 @@ Teach a model one of the paper's four recall tasks, in which meta-tokens mark wh
     python finetune.py --task=copying --init_from=out/plain/best.pt   # another task, another model
     python finetune.py --task=all --train_length=128                  # all tasks, longer prompts
     python finetune.py --init_from=resume --out_dir=out/tiny-list_recall   # go on after any stop
+    python finetune.py --init_from=gpt2 --train_length=256            # GPT-2, with words for items
 
 The tasks, with words (--tokenizer=gpt2) for items; · is the meta-token:
 
@@ -208,7 +209,7 @@ def examples(task, length, split, seed, tok, markers='task'):
 @dataclass
 class FinetuneConfig(TrainConfig):
     """train.py's settings. Here stand those that differ, and those that only fine-tuning has."""
-    init_from: str = 'out/tiny/best.pt'  # a checkpoint | resume (the run in out_dir) | scratch
+    init_from: str = 'out/tiny/best.pt'  # a checkpoint | resume (out_dir's run) | scratch | gpt2
     out_dir: str = ''            # the run's folder; empty: the checkpoint's, and the task behind it
     max_iters: Positive = 1000   # optimizer steps
     eval_interval: Positive = 100  # grade and save every so many steps
@@ -232,6 +233,7 @@ PRESETS = {
     'paper': dict(init_from='out/paper/best.pt', train_length=512, batch_size=16, max_iters=1400,
                   gradient_accumulation_steps=4, phase_iters=280, learning_rate=1e-4, min_lr=1e-5),
 }  # paper: 90k examples, once; the paper does not give its rate
+PRESETS['gpt2'] = PRESETS['paper'] | dict(init_from='gpt2')
 
 # ------------------------------------------------------------------------------
 # Batches, grading, and what is learned
@@ -383,12 +385,13 @@ def main():
         raise UserError(f'there is no {cfg.init_from} yet: make it with  python train.py  (2 '
                         'minutes), name a checkpoint, or say --init_from=scratch')
     if not cfg.out_dir:
-        origin = Path(cfg.init_from).resolve().parent.name
-        origin = {'resume': 'tiny', 'scratch': 'scratch'}.get(cfg.init_from, origin)
+        path = Path(cfg.init_from)
+        origin = path.resolve().parent.name if path.suffix else path.name
+        origin = 'tiny' if cfg.init_from == 'resume' else origin
         cfg = replace(cfg, out_dir=f'out/{origin}-{cfg.task}')
     pre_training = 'dataset', 'meta_rate', 'meta_placement'
     cfg, checkpoint, out_dir = open_run(cfg, given, MODEL_KEYS + pre_training,
-                                        PRESETS[cfg.preset])
+                                        PRESETS)
     if cfg.init_from == 'resume':
         cfg = replace(cfg, markers=markers_of(checkpoint['config']))
     machine = Machine(cfg.device, cfg.dtype, many=True)

@@ -30,6 +30,7 @@ class GPTConfig:
     meta_attn: bool = True   # the second attention
     meta_pos: bool = True    # False: meta-tokens have no position; under RoPE they stand at 0
     meta_id: int = 50257     # the id of the meta-token; ids from here on are never sampled
+    gelu: str = 'none'       # or 'tanh', the approximation that GPT-2's public weights know
     rope_base: float = 10000.0
     yarn_scale: float = 1.0  # stretches the context so many times; 1 is plain RoPE
     yarn_orig_block_size: int = 1024
@@ -130,9 +131,10 @@ class MLP(nn.Module):
         self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
+        self.gelu = config.gelu
 
     def project(self, h):
-        return self.c_proj(F.gelu(h))
+        return self.c_proj(F.gelu(h, approximate=self.gelu))
 
     def forward(self, x):
         h = self.c_fc(x)                                       # (B, T, 4 * C)
@@ -319,6 +321,8 @@ def check_config(c):
         raise ValueError(f'n_head={c.n_head} heads do not divide n_embd={c.n_embd}')
     if c.pos not in ('rope', 'ape', 'none'):
         raise ValueError(f"pos={c.pos!r} is none of 'rope', 'ape', 'none'")
+    if c.gelu not in ('none', 'tanh'):
+        raise ValueError(f"gelu={c.gelu!r} is none of 'none', 'tanh'")
     if c.pos == 'rope' and c.n_embd // c.n_head % 2:
         raise ValueError(f'RoPE turns pairs of channels: n_embd={c.n_embd} over n_head={c.n_head} '
                          f'gives heads of {c.n_embd // c.n_head}, an odd number')

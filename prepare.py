@@ -61,6 +61,14 @@ def meta_every(meta_rate):
     return max(round(1 / meta_rate) - 1, 1) if meta_rate else 0
 
 
+def with_meta_tokens(ids, every, meta_id):
+    """ids with a meta-token after every so many, counted from the end: new text goes on in step."""
+    marked = []
+    for left, i in zip(reversed(range(len(ids))), ids):
+        marked += [i, meta_id] if every and left % every == 0 else [i]
+    return marked
+
+
 def most_meta(idx, meta_id):
     """The most meta-tokens that a row of idx (B, T), an array on the host, holds."""
     counts = (idx == meta_id).sum(axis=1)

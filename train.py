@@ -6,6 +6,7 @@ Pre-train GPT-2 with meta-tokens and meta-attention.
     torchrun --standalone --nproc_per_node=4 train.py --preset=paper   # the paper's 152M on 4 GPUs
     python train.py --init_from=resume --out_dir=out/paper      # go on, exactly, after any stop
     python train.py --init_from=out/tiny/ckpt.pt --block_size=1024 --yarn_scale=4 --out_dir=out/long
+    python train.py --init_from=gpt2 --dataset=c4               # GPT-2's weights, and meta-attention
 
 Writes out_dir/: config.json log.csv loss.png sample.txt ckpt.pt (the latest) best.pt (the lowest
 validation loss). Everything random is a function of (seed, iteration): the data order, the meta
@@ -27,8 +28,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from model import GPT, GPTConfig
 from prepare import (END_OF_TEXT, META, Blocks, Positive, PrepareConfig, Share, UserError,
-                     get_tokenizer, load_data, meta_count, meta_every, meta_token, most_meta,
-                     padded_vocab_size, parse_config, prepare, run_script, said, token_bytes)
+                     encode, get_tokenizer, load_data, meta_count, meta_every, meta_token,
+                     most_meta, padded_vocab_size, parse_config, prepare, run_script, said,
+                     token_bytes, with_meta_tokens)
 
 
 @dataclass
@@ -37,7 +39,7 @@ class TrainConfig:
     # where from, where to
     dataset: str = 'stdlib'      # trains on data/DATASET; 'stdlib' is made when it is missing
     out_dir: str = ''            # the run's folder; empty: out/PRESET
-    init_from: str = 'scratch'   # scratch | resume | auto (resume if it can) | a checkpoint's path
+    init_from: str = 'scratch'   # scratch | resume | auto (resume if it can) | a path | gpt2
     overwrite: bool = False      # allow a fresh run in a folder that holds one
     seed: int = 1337             # decides the initial weights and everything random after
     # how long
@@ -85,6 +87,10 @@ PRESETS = {
                   eval_iters=200, block_size=1024, batch_size=12, gradient_accumulation_steps=40,
                   n_layer=12, n_head=12, n_embd=768, learning_rate=6e-4, min_lr=6e-5,
                   warmup_iters=2000),
+    # GPT-2's weights trained on: nanoGPT fine-tunes them at 3e-5, and starts from nothing at 6e-4.
+    # Ours stands between, as meta-attention starts from nothing. It is a guess, and not tuned.
+    'gpt2': dict(init_from='gpt2', dataset='c4', max_iters=1000, eval_interval=100, batch_size=12,
+                 gradient_accumulation_steps=40, learning_rate=1e-4, min_lr=1e-5, warmup_iters=100),
 }
 MODEL_KEYS = ('block_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias', 'pos', 'meta_attn',
               'meta_pos', 'yarn_scale')
@@ -532,13 +538,7 @@ def build_model(model_args, weights=None):
     try:
         config = GPTConfig(**model_args)
         if weights is not None:  # compared before memory is asked for
-            with torch.device('meta'):
-                expected = {name: w.shape for name, w in GPT(config).state_dict().items()}
-            wrong = [name for name in expected.keys() | weights.keys()
-                     if expected.get(name) != getattr(weights.get(name), 'shape', None)]
-            if wrong:
-                raise UserError(f'the weights do not fit the settings, at {sorted(wrong)[0]}: the '
-                                'checkpoint is damaged or of another version')
+            check_weights(config, weights)
         model = GPT(config)
         if weights is not None:
             model.load_state_dict(weights)
@@ -547,25 +547,136 @@ def build_model(model_args, weights=None):
     return model
 
 
+def check_weights(config, weights):
+    """Raises UserError where the names or shapes of weights are not those of GPT(config)."""
+    with torch.device('meta'):
+        expected = {name: w.shape for name, w in GPT(config).state_dict().items()}
+    wrong = [name for name in expected.keys() | weights.keys()
+             if expected.get(name) != getattr(weights.get(name), 'shape', None)]
+    if wrong:
+        raise UserError(f'the weights do not fit the settings, at {sorted(wrong)[0]}: the '
+                        'checkpoint is damaged or of another version')
+
+
 def load_model(path):
     """
     model, tok = load_model('out/tiny/best.pt'): a trained GPT in eval mode, and its tokenizer.
-    model.generate puts in meta-tokens as often as training did. Raises UserError.
+    model.generate puts in meta-tokens as often as training did. 'gpt2' is GPT-2. Raises UserError.
     """
-    checkpoint = load_checkpoint(path)
+    checkpoint = load_start(path)
     model = build_model(checkpoint['model_args'], checkpoint['model']).eval()
-    model.meta_every = meta_every(checkpoint['config']['meta_rate'])
+    model.meta_every = meta_every(checkpoint['config'].get('meta_rate', 0))
     return model, get_tokenizer(checkpoint['tokenizer'])
 
 
-def open_run(cfg, given, inherited, preset):
+def encode_prompt(text, model, tok):
+    """text -> idx (1, T), with meta-tokens as often as in training, so that generate goes on."""
+    ids = encode(tok, text).tolist() or [tok.eot_token]
+    ids = with_meta_tokens(ids, model.meta_every, meta_token(tok))
+    return torch.tensor([ids], device=model.lm_head.weight.device)
+
+
+def load_start(source):
+    """What a run starts from: a checkpoint of ours, or GPT-2's weights. Raises UserError."""
+    return load_gpt2(source) if is_gpt2(source) else load_checkpoint(source)
+
+# ------------------------------------------------------------------------------
+# GPT-2's public weights, in Hugging Face's format
+
+GPT2 = 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'
+WEIGHTS = 'pytorch_model.bin', 'model.safetensors'
+
+
+def is_gpt2(source):
+    """Whether source names GPT-2, or a folder or file with its weights."""
+    path = Path(source)
+    if path.is_dir():
+        return any((path / name).is_file() for name in WEIGHTS)
+    return str(source) in GPT2 or path.suffix in ('.bin', '.safetensors')
+
+
+def load_gpt2(source):
+    """
+    GPT-2's weights as a checkpoint of a plain model. Nothing in them is executed.
+
+    source: one of GPT2, or a folder or file in Hugging Face's format. Raises UserError.
+    """
+    from huggingface_hub import load_state_dict_from_file
+    path, about = find_gpt2(source), {}
+    if not path.is_file():
+        raise UserError(f'there is no {path}')
+    try:
+        if path.with_name('config.json').is_file():
+            about = json.loads(path.with_name('config.json').read_text())
+        assert about.get('model_type', 'gpt2') == 'gpt2', f"it is a {about['model_type']}"
+        theirs = load_state_dict_from_file(path, 'cpu', weights_only=True, safe=False)
+        weights, model_args = from_hugging_face(theirs, about)
+        check_weights(GPTConfig(**model_args), weights)
+    except ImportError:
+        raise UserError(f'{path} needs one more package: pip install safetensors')
+    except Exception as error:  # zip, pickle, key, shape and type errors of every kind
+        raise UserError(f"{path} holds no GPT-2 in Hugging Face's format: {said(error)}")
+    config = {key: model_args[key] for key in ('block_size', 'n_layer', 'n_head', 'n_embd', 'bias',
+                                               'pos')}
+    return dict(model=weights, model_args=model_args, config=config, tokenizer='gpt2')
+
+
+def from_hugging_face(theirs, about):
+    """
+    Their state dict and config.json, a dict -> ours, and the arguments of GPTConfig.
+
+    The vocabulary grows to 50304. The new embeddings, the meta-token's among them, are the mean of
+    the others: an embedding of zeros would be likelier than any word.
+    """
+    weights, vocab_size, meta_id = {}, GPTConfig.vocab_size, GPTConfig.meta_id
+    for name, w in theirs.items():
+        name = 'transformer.' + name.removeprefix('transformer.')
+        if name.endswith(('.attn.c_attn.weight', '.c_proj.weight', '.c_fc.weight')):
+            w = w.t()                                          # they are stored as (in, out)
+        if not name.endswith(('.attn.bias', '.attn.masked_bias', 'lm_head.weight')):
+            weights[name] = w.float().contiguous()             # masks; lm_head is tied to wte
+    wte, wpe = weights['transformer.wte.weight'], weights['transformer.wpe.weight']
+    n_tokens, n_embd = wte.shape
+    assert n_tokens == meta_id, f'it has {n_tokens} tokens, and GPT-2 has {meta_id}'
+    new = wte.mean(dim=0).expand(vocab_size - n_tokens, n_embd)
+    wte = torch.cat((wte, new))
+    weights['transformer.wte.weight'] = weights['lm_head.weight'] = wte
+    n_layer = len({name.split('.')[2] for name in weights if '.h.' in name})
+    model_args = dict(block_size=len(wpe), n_layer=n_layer, n_embd=n_embd,
+                      n_head=about.get('n_head', n_embd // 64), bias=True, pos='ape',
+                      meta_attn=False, gelu='tanh')
+    return weights, asdict(GPTConfig(**model_args))
+
+
+def find_gpt2(source):
+    """The path of the weights, downloaded if they have to be. Raises UserError."""
+    path = Path(source)
+    if path.is_dir():
+        return next(path / name for name in WEIGHTS if (path / name).is_file())
+    if path.is_file() or str(source) not in GPT2:
+        return path
+    from huggingface_hub import hf_hub_download
+    repo = f'openai-community/{source}'
+    try:
+        hf_hub_download(repo, 'config.json')
+        return Path(hf_hub_download(repo, WEIGHTS[0]))
+    except Exception as error:  # the network's errors have no common class
+        raise UserError(f'{source} could not be downloaded ({type(error).__name__}): put config.json '
+                        f'and {WEIGHTS[0]} of huggingface.co/{repo} into a folder, and say '
+                        '--init_from=FOLDER')
+
+
+def open_run(cfg, given, inherited, presets):
     """
     Settles a run's settings. Returns (cfg, checkpoint or None, out_dir).
 
     A resumed run keeps its settings, and a new one from a checkpoint takes the `inherited` ones,
-    which the preset overrides. The command line, `given`, overrides all. Raises UserError where a
-    fresh run would write into the folder of another, or a resumed one would become another.
+    which the preset overrides. The command line, `given`, overrides all. A run that starts from
+    GPT-2's weights has the preset gpt2, unless it names one. Raises UserError where a fresh run
+    would write into the folder of another, or a resumed one would become another.
     """
+    if is_gpt2(cfg.init_from) and 'preset' not in given:
+        cfg = replace(cfg, preset='gpt2', **presets['gpt2'] | given)
     out_dir = Path(cfg.out_dir or f'out/{cfg.preset}')
     saved = [name for name in ('ckpt.pt', 'best.pt') if (out_dir / name).exists()]
     holds_run = saved or (out_dir / 'config.json').exists()
@@ -585,10 +696,10 @@ def open_run(cfg, given, inherited, preset):
     path = Path(cfg.init_from)
     if resume:  # a run that was killed between its two files may have best.pt alone
         path = out_dir / (saved[0] if saved else 'ckpt.pt')
-    checkpoint = load_checkpoint(path)
+    checkpoint = load_start(path)
     old = checkpoint['config']
     if not resume:
-        old = {key: old[key] for key in inherited if key in old} | preset
+        old = {key: old[key] for key in inherited if key in old} | presets[cfg.preset]
     if unknown := old.keys() - asdict(cfg).keys():
         raise UserError(f"{out_dir} holds a run of another script: it has {', '.join(unknown)}")
     cfg = settle(replace(cfg, **old | given), given)
@@ -800,14 +911,34 @@ def make_model(cfg, checkpoint, tok):
         raise UserError(f'the data has tokens of {tok.name}, the checkpoint knows those of '
                         f"{checkpoint['tokenizer']}: give the --dataset= of its tokenizer")
     old = {'meta_pos': True} | checkpoint['model_args']
-    free = {'dropout'} if old['pos'] == 'ape' else {'dropout', 'yarn_scale', 'block_size'}
+    weights, free = dict(checkpoint['model']), {'dropout', 'block_size'}
+    if old['pos'] != 'ape':
+        free.add('yarn_scale')
+    if not old['meta_attn']:
+        free |= {'meta_attn', 'meta_pos'}
     for key in MODEL_KEYS:
         if args[key] != old[key] and key not in free:
-            why = ' (learned positions cannot be extended)' if key == 'block_size' else ''
-            raise UserError(f'--{key}={args[key]}: the checkpoint has {old[key]}, which stays{why}')
+            raise UserError(f'--{key}={args[key]}: the checkpoint has {old[key]}, which stays')
     if args['yarn_scale'] != old['yarn_scale'] and old['yarn_scale'] == 1:
         args['yarn_orig_block_size'] = old['block_size']
-    return build_model(old | args, checkpoint['model'])
+    if old['pos'] == 'ape':
+        if args['block_size'] > old['block_size']:
+            raise UserError(f"--block_size={args['block_size']}: the checkpoint has learned "
+                            f"positions, which end at {old['block_size']}")
+        weights['transformer.wpe.weight'] = weights['transformer.wpe.weight'][:args['block_size']]
+    args = old | args
+    if args['meta_attn'] and not old['meta_attn']:
+        weights = with_meta_attention(args, weights)
+    return build_model(args, weights)
+
+
+def with_meta_attention(args, weights):
+    """A plain model's weights with meta-attention that adds nothing yet: its c_proj is zero."""
+    new = build_model(args).state_dict()
+    for name, w in new.items():
+        if '.meta_attn.c_proj.' in name:
+            w.zero_()
+    return new | weights
 
 
 def make_stdlib(machine):
@@ -865,7 +996,7 @@ def main():
     not_inherited = {'preset', 'init_from', 'out_dir', 'overwrite', 'eval_only', 'lr_decay_iters',
                      'device', 'dtype', 'compile'}
     cfg, checkpoint, out_dir = open_run(cfg, given, asdict(cfg).keys() - not_inherited,
-                                        PRESETS[cfg.preset])
+                                        PRESETS)
     machine = Machine(cfg.device, cfg.dtype, many=True)
     if cfg.dataset == 'stdlib':
         make_stdlib(machine)

@@ -26,9 +26,9 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the scripts are in the root
 import model
-from evaluate import line_style, markdown, with_meta, write_results
+from evaluate import line_style, markdown, write_results
 from prepare import (Positive, Share, UserError, inject_meta_tokens, meta_count, meta_every,
-                     parse_config, run_script)
+                     parse_config, run_script, with_meta_tokens)
 from train import Machine, TrainConfig, build_model, make_optimizers, new_figure
 
 
@@ -275,7 +275,7 @@ def make_generation(name, net, length, cfg, machine):
     every = meta_every(cfg.meta_rate) if name == 'gather' else 0
     meta_id = cfg.vocab_size - 1
     text = [i % meta_id for i in range(length)]
-    prompt = with_meta(text, every, meta_id)[-length:]  # its end, so that new text is in step
+    prompt = with_meta_tokens(text, every, meta_id)[-length:]  # its end, so that new text is in step
     idx = torch.tensor([prompt], device=machine.device)
     if name in MODELS:
         return partial(model.stream, net, idx, cfg.new_tokens, meta_every=every)

@@ -3,6 +3,7 @@ import json
 import math
 import shutil
 import sys
+from doctest import DocTestParser
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 import evaluate
 import finetune
 import train
+from conftest import ROOT
 from evaluate import Window
 from finetune import TASKS, grade, make_example
 from model import GPT, GPTConfig
@@ -384,18 +386,66 @@ def test_perplexity_of_damaged_weights_is_refused(refused, trained, tmp_path):
 @pytest.mark.parametrize('zero_meta', [None, 'position', 'embedding'])
 def test_the_readable_attention_is_the_fast_one(pos, zero_meta):
     model = random_model(pos=pos)
-    idx = torch.randint(62, (3, 20), generator=torch.Generator().manual_seed(0)).clamp(max=60)
+    idx = torch.randint(60, (3, 20), generator=torch.Generator().manual_seed(0))
+    idx[0, [3, 11]] = idx[2, 7] = 60
     seen = evaluate.look_inside(model, idx, zero_meta)
     assert len(seen) == 2
-    for block, (attn, inputs, x) in zip(model.transformer.h, seen):
-        assert attn is block.attn
-        weights = evaluate.attention_logits(attn, *inputs).softmax(-1)
+    assert (idx == 60).sum(dim=1).tolist() == [2, 0, 1]
+    for block, s in zip(model.transformer.h, seen):
+        assert s.block is block and torch.equal(s.is_meta, idx == 60)
+        weights = evaluate.causal_logits(s).softmax(-1)
         assert torch.equal(weights, weights.tril())
-        _, _, v = attn.qkv(*inputs)
-        assert torch.allclose(attn.project(weights @ v), attn(*inputs), atol=1e-5)
-        assert not block._forward_hooks and not attn._forward_pre_hooks
-    end = model.transformer.ln_f(seen[-1].x)
+        x = s.x + attended(block.attn, weights, block.ln_1(s.x), s.rope)
+        weights = evaluate.meta_logits(s).softmax(-1).nan_to_num()
+        x = x + attended(block.meta_attn, weights, block.ln_meta(x), s.rope)
+        torch.testing.assert_close(x + block.mlp(block.ln_2(x)), s.output, atol=1e-4, rtol=1e-4)
+        assert not block._forward_hooks
+    end = model.transformer.ln_f(seen[-1].output)
     assert torch.allclose(end, model.hidden(idx, zero_meta), atol=1e-5)
+
+
+def attended(attn, weights, x, rope):
+    return attn.project(weights @ attn.qkv(x, rope)[2])
+
+
+def test_attention():
+    model = random_model()
+    idx = torch.randint(60, (2, 20), generator=torch.Generator().manual_seed(0))
+    idx[:, [4, 9, 15]] = 60
+    causal, meta = evaluate.attention(model, idx)
+    assert causal.shape == meta.shape == (2, 2, 2, 20, 20)     # (n_layer, B, n_head, T, T)
+    np.testing.assert_allclose(causal.sum(axis=-1), 1, atol=1e-5)
+    to_text = np.isin(np.arange(20), [4, 9, 15], invert=True)
+    assert (meta[..., to_text, :] == 0).all() and (meta[..., to_text] == 0).all()
+    np.testing.assert_allclose(meta[..., ~to_text, :].sum(axis=-1), 1, atol=1e-5)
+    assert (np.triu(causal, 1) == 0).all() and (np.triu(meta, 1) == 0).all()
+    assert evaluate.attention(random_model(meta_attn=False), idx)[1] is None
+
+
+def test_the_picture_of_attention(inside, refused, trained, tmp_path, monkeypatch):
+    figures = []
+
+    def keep(ckpt, name, results, figure):
+        figures.append(figure)
+        write_results(ckpt, name, results, figure)
+
+    write_results = evaluate.write_results
+    monkeypatch.setattr(evaluate, 'write_results', keep)
+    ckpt = 'out/tiny-list_recall/best.pt'
+    printed = inside('evaluate.py', 'attention', '--device=cpu', '--prompt=Z: n v·⏎·Item 2 of Z?').out
+    assert 'Z:␣n␣v·⏎·Item␣2␣of␣Z?␣' in printed  # the space predicts the answer
+    results, = read_json(tmp_path / 'out/tiny-list_recall/eval/attention.json')
+    model = evaluate.load_one(ckpt, MACHINE).model
+    ids = finetune.to_ids('Z: n v·\n·Item 2 of Z? ', get_tokenizer('bytes'))
+    causal, meta = evaluate.attention(model, torch.tensor([ids]))
+    np.testing.assert_allclose(results['looked'], causal[:, 0, :, -1].mean(axis=1), rtol=1e-5)
+    assert results['meta_at'] == [6, 8]
+    np.testing.assert_allclose(np.array(results['among'])[:, 1, 0],
+                               meta[:, 0, :, 8, 6].mean(axis=1), rtol=1e-5)
+
+    printed = inside('evaluate.py', 'attention', f'--ckpt={ckpt},out/tiny/best.pt').out
+    assert 'tiny, block 1: the last token looks at' in printed
+    assert len(figures[-1].subfigs) == 2
 
 
 def tiny_rows():
@@ -428,7 +478,7 @@ def test_sharpening_is_the_slow_one():
 def slow_sharpness(model, ids, zero_meta=None):
     """Entropy and largest logit, each the mean over the text tokens but the first."""
     seen, found = evaluate.look_inside(model, ids[None], zero_meta)[1], []
-    logits = evaluate.attention_logits(seen.attn, *seen.inputs)[0, 1]
+    logits = evaluate.causal_logits(seen)[0, 1]
     p = logits.softmax(-1)
     for t in [t for t, i in enumerate(ids) if i != 60][1:]:
         entropy = -sum(float(x) * math.log(x) for x in p[t] if x > 0)
@@ -456,7 +506,7 @@ def test_caching(inside, trained, tmp_path):
     next_to, near, far, looked = ([], []), ([], []), ([], []), []  # ([at meta-tokens], [at text])
     for row in idx:
         seen = evaluate.look_inside(model, row[None])[1]
-        cosines = slow_cosines(seen.x[0])
+        cosines = slow_cosines(seen.output[0])
         for t in range(64):
             for s in range(t):
                 if row[s] != 257:
@@ -467,7 +517,7 @@ def test_caching(inside, trained, tmp_path):
                         near[kind].append(cosines[t, s])
                     if t - s >= 8:
                         far[kind].append(cosines[t, s])
-        weights = evaluate.attention_logits(seen.attn, *seen.inputs).softmax(-1)[0].mean(0)
+        weights = evaluate.causal_logits(seen).softmax(-1)[0].mean(0)
         at_text = [weights[t][row == 257].sum().item() for t in range(64) if row[t] != 257]
         looked.append(np.mean(at_text))
     assert result['distance'][0] == 1
@@ -629,7 +679,7 @@ def test_a_meta_tokens_logit_is_no_fixed_positional_bias():
     logit = evaluate.logit_of(model, a, 23, 10, layer=1)        # (n_head,)
     assert (logit - evaluate.logit_of(model, b, 23, 10, layer=1)).abs().max() > 0.01
     seen = evaluate.look_inside(model, a[None])[1]
-    q, k, _ = seen.attn.qkv(*seen.inputs)
+    q, k, _ = seen.block.attn.qkv(seen.block.ln_1(seen.x), seen.rope)
     expected = (q[0, :, 23] * k[0, :, 10]).sum(-1) / 8 ** 0.5
     assert torch.allclose(logit, expected, atol=1e-4)
 
@@ -717,13 +767,6 @@ def test_help(inside):
 SAMPLE = 'evaluate.py', 'sample', '--device=cpu'
 
 
-def test_with_meta():
-    for ids, every, expected in (([1, 2, 3, 4], 2, [1, 2, 9, 3, 4, 9]),
-                                 ([1, 2, 3, 4, 5], 3, [1, 2, 9, 3, 4, 5, 9]),
-                                 ([1, 2], 0, [1, 2])):
-        assert evaluate.with_meta(ids, every, 9) == expected
-
-
 def test_sample(inside, refused, trained):
     said = [inside(*SAMPLE, '--prompt=abc', '--max_new_tokens=90', *args).out
             for args in ((), (), ('--seed=1',), ('--temperature=0',))]
@@ -776,3 +819,13 @@ def test_characters_of_many_tokens_are_printed_whole(inside, trained, monkeypatc
     out = inside(*SAMPLE, '--prompt=0123456789').out
     assert out == f'0123456789{said}\ufffd\n'
     assert asked == [([[*b'0', 257, *b'123456789', 257]], 9)]
+
+
+def test_readmes_lines_for_a_shell(trained, tmp_path, monkeypatch):
+    """They run. (What they print is from a whole training.)"""
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for example in DocTestParser().get_examples((ROOT / 'README.md').read_text()):
+        exec(example.source, names)
+    assert names['causal'].shape == names['meta'].shape == (2, 1, 2, 17, 17)
+    assert names['idx'].tolist()[0].count(257) == 2  # as README shows

@@ -135,6 +135,13 @@ def test_meta_every_is_as_often_as_in_training():
     assert [meta_every(rate) for rate in (0, 0.05, 0.1, 0.5, 0.9)] == [0, 19, 9, 1, 1]
 
 
+@pytest.mark.parametrize('ids, every, expected', [
+    ([1, 2, 3, 4], 2, [1, 2, 9, 3, 4, 9]), ([1, 2, 3, 4, 5], 3, [1, 2, 9, 3, 4, 5, 9]),
+    ([1, 2], 0, [1, 2])])
+def test_meta_tokens_of_a_prompt_are_counted_from_its_end(ids, every, expected):
+    assert prepare.with_meta_tokens(ids, every, 9) == expected
+
+
 @pytest.mark.parametrize('n_meta', [0, 2])
 def test_every_token_is_a_target_once_an_epoch(n_meta):
     blocks = Blocks(np.arange(1000, dtype=np.uint16), 16, n_meta, 60_000, seed=5)

@@ -1,0 +1,118 @@
+"""assets/results.py: its arithmetic, one experiment from its first run to its rows, README's tables."""
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from conftest import ROOT
+
+spec = importlib.util.spec_from_file_location('results', ROOT / 'assets/results.py')
+results = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(results)
+Claim = results.Claim
+
+
+def rows_of(**by_model):
+    """Rows with an exact match for each seed: rows_of(meta=[0.9, 0.8], gpt2=[0.5, 0.6])."""
+    return [dict(experiment='recall', model=model, seed=seed, exact_match=x)
+            for model, values in by_model.items() for seed, x in enumerate(values)]
+
+
+CLAIM = Claim('meta is better', 'recall', dict(model='meta'), dict(model='gpt2'))
+
+
+@pytest.mark.parametrize('meta, gpt2, word', [
+    ([0.90, 0.80, 0.85], [0.50, 0.42, 0.44], 'yes'),
+    ([0.50, 0.42, 0.44], [0.90, 0.80, 0.85], 'no'),
+    ([0.50, 0.51, 0.49], [0.50, 0.50, 0.50], 'no'),             # less than SMALL either way
+    ([0.90, 0.20, 0.85], [0.50, 0.42, 0.44], 'not resolved'),
+    ([0.90], [0.10], 'not resolved')])                          # one seed tells nothing
+def test_verdicts(meta, gpt2, word):
+    rows = rows_of(meta=meta, gpt2=gpt2)
+    _, interval = results.compare(rows, CLAIM)
+    assert results.verdict(interval) == word
+
+
+def test_the_interval_is_students_of_the_paired_difference():
+    meta, gpt2 = [0.9, 0.5, 0.7, 0.8, 0.6], [0.4, 0.3, 0.5, 0.2, 0.1]
+    difference, (mean, low, high) = results.compare(rows_of(meta=meta, gpt2=gpt2), CLAIM)
+    np.testing.assert_allclose(difference, np.subtract(meta, gpt2))
+    half = 2.776 * np.std(difference, ddof=1) / np.sqrt(5)
+    assert (mean, low, high) == pytest.approx((0.4, 0.4 - half, 0.4 + half))
+
+
+def test_only_seeds_of_both_sides_are_compared():
+    rows = rows_of(meta=[0.9, 0.8, 0.7], gpt2=[0.5, 0.4])
+    assert len(results.compare(rows, CLAIM)[0]) == 2
+
+
+def test_a_row_is_taken_by_all_that_is_asked_of_it():
+    rows = rows_of(meta=[0.9, 0.8]) + [dict(experiment='markers', model='meta', seed=0,
+                                            exact_match=0.1)]
+    assert results.select(rows, 'recall', dict(model='meta'), 'exact_match') == {0: 0.9, 1: 0.8}
+    assert results.select(rows, 'recall', dict(model='meta', length=64), 'exact_match') == {}
+
+
+def test_every_command_is_of_the_five_files():
+    """Each measurement has a name of its own, and no two trainings share a folder."""
+    bench, names, folders = results.Bench(quick=False), set(), {}
+    for experiment in results.EXPERIMENTS:
+        for m in results.measurements(bench, experiment):
+            assert m.name not in names
+            names.add(m.name)
+            training = m.training
+            while training:
+                assert folders.setdefault(training.out_dir, training.command) == training.command
+                assert training.command[0] in ('train.py', 'finetune.py')
+                training = training.start
+    assert len(names) > 200
+
+
+@pytest.fixture(scope='module')
+def quick(tmp_path_factory):
+    """A copy of the project in which one experiment was run, and what was printed."""
+    folder = tmp_path_factory.mktemp('project')
+    for path in ROOT.glob('*.py'):
+        shutil.copy(path, folder)
+    shutil.copytree(ROOT / 'assets', folder / 'assets')
+    write_letters(folder / 'data/stdlib')
+    return folder, run(folder, '--quick', '--only=inside')
+
+
+def write_letters(folder):
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for split, n in ('train', 20_000), ('val', 20_000):
+        rng.integers(97, 105, n).astype('<u2').tofile(folder / f'{split}.bin')
+    (folder / 'data.json').write_text(json.dumps({'tokenizer': 'bytes'}))
+
+
+def run(folder, *args):
+    return subprocess.run([sys.executable, 'assets/results.py', *args], cwd=folder, text=True,
+                          capture_output=True, check=True, timeout=200).stdout
+
+
+def test_one_experiment_from_nothing(quick):
+    folder, printed = quick
+    assert printed.count('python train.py') == 2 and '4 of 4 measured' in printed
+    found = json.loads((folder / 'out/quick/results.json').read_text())
+    assert found.keys() == {'machine', 'torch', 'commit', 'rows'}
+    assert len(found['rows']) == 2 * (4 + 2)  # models, and what each command measures
+    for row in found['rows']:
+        assert row['experiment'] in ('sharpening', 'caching') and row['seed'] == 1337
+        assert row['low'] <= row['mean'] <= row['high']
+        assert row['command'].startswith('python evaluate.py')
+    sharpening = json.loads((folder / 'out/quick/meta-1337/eval/sharpening.json').read_text())
+    first, = [row for row in found['rows'] if row['model'] == 'meta' and row['of'] == 'entropy'
+              and row['against'] == 'zeroed embeddings']
+    assert first['mean'] == sharpening['change'][0]['mean']
+
+
+def test_what_was_measured_is_not_run_again(quick):
+    folder, _ = quick
+    assert run(folder, '--quick', '--only=inside') == ''
+    assert '4 of   4 measured' in run(folder, '--quick', '--list')
