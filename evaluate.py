@@ -340,8 +340,9 @@ def window_losses(model, tokens, window, batch_size, machine):
     Slides a window over a document, tokens (n,). Each window scores the tokens that the one before
     it did not reach, the first one all. So each token but the first is scored once.
 
-    Yields, a batch of windows at a time, nats (B, T), the loss at every position, nan where it
-    predicts no text token, and scored (B, T) bool.
+    Yields, a batch of windows at a time, three arrays (B, T): nats, the loss at every position, nan
+    where it predicts no text token; scored; and seen, whether the target completes a bigram that
+    stands earlier in the window.
     """
     W, last, meta_id = window.T - window.n_meta, len(tokens) - 1, model.config.meta_id
     starts = np.array([*range(0, max(last - W, 0), window.stride), max(last - W, 0)])
@@ -351,7 +352,9 @@ def window_losses(model, tokens, window, batch_size, machine):
         start, before = starts[n:n + batch_size, None], reached[n:n + batch_size, None]
         text = tokens[np.minimum(start + np.arange(W + 1), last)]   # (B, W + 1)
         idx, targets = inject_meta_tokens(text, window.n_meta, meta_id, rng, window.placement)
-        token = start + (idx != meta_id).cumsum(axis=1)             # (B, T): the target's place
+        place = (idx != meta_id).cumsum(axis=1)                     # (B, T): the target's, in text
+        seen = np.take_along_axis(seen_bigrams(text), place, axis=1)
+        token = start + place                                       # (B, T): in the document
         valid = (targets >= 0) & (token > start) & (token <= last)
         idx, targets = machine.to_device(idx, targets)
         with torch.no_grad(), machine.autocast:
@@ -359,7 +362,18 @@ def window_losses(model, tokens, window, batch_size, machine):
             nats = [F.cross_entropy(model.lm_head(row).float(), wanted, ignore_index=-1,
                                     reduction='none') for row, wanted in zip(x, targets)]
         nats = torch.stack(nats).cpu().double().numpy()
-        yield np.where(valid, nats, np.nan), valid & (token > before)
+        yield np.where(valid, nats, np.nan), valid & (token > before), seen
+
+
+def seen_bigrams(text):
+    """text (B, n) -> (B, n) bool: does a token, and the one before it, stand earlier in the row?"""
+    bigrams = text[:, :-1] * 2 ** 20 + text[:, 1:]                  # (B, n - 1)
+    seen = np.ones(text.shape, dtype=bool)
+    seen[:, 0] = False
+    for b, row in enumerate(bigrams):
+        _, first = np.unique(row, return_index=True)
+        seen[b, first + 1] = False
+    return seen
 
 
 def measure_perplexity(cfg, m, window, machine):
@@ -368,23 +382,30 @@ def measure_perplexity(cfg, m, window, machine):
     documents, bytes_of = read_documents(cfg.text, m.tok, cfg.max_tokens), token_bytes(m.tok)
     n_tokens = sum(len(ids) - 1 for ids in documents)
     n_bytes = sum(int(bytes_of[ids[1:]].sum()) for ids in documents)
-    nats, n_windows = 0.0, 0
+    n_windows = 0
+    nats, n_seen = np.zeros(2), np.zeros(2)                         # of new and of seen bigrams
     by_position = np.zeros((2, window.T))                           # sums and counts
     with tqdm(total=n_tokens, unit=' tokens', unit_scale=True, desc=m.name, leave=False) as bar:
         for ids in documents:
-            for losses, scored in window_losses(m.model, ids, window, cfg.batch_size, machine):
-                nats += float(losses[scored].sum())
+            for losses, scored, seen in window_losses(m.model, ids, window, cfg.batch_size,
+                                                      machine):
+                nats += np.bincount(seen[scored], losses[scored], 2)
+                n_seen += np.bincount(seen[scored], minlength=2)
                 n_windows += len(losses)
                 by_position += np.nansum(losses, axis=0), (~np.isnan(losses)).sum(axis=0)
                 bar.update(int(scored.sum()))
-    if not math.isfinite(nats):
-        raise UserError(f'the loss of {m.name} is {nats}: its weights are damaged')
+    total = float(nats.sum())
+    if not math.isfinite(total):
+        raise UserError(f'the loss of {m.name} is {total}: its weights are damaged')
+    new, seen = nats / n_seen.clip(1)
     buckets = [part for part in np.array_split(by_position, cfg.n_buckets, axis=1) if part[1].any()]
     return dict(model=m.name, n_meta=window.n_meta, meta_rate=window.n_meta / window.T,
                 block_size=window.T, stride=window.stride, windows=n_windows,
-                documents=len(documents), scored_tokens=n_tokens, nats=nats / n_tokens,
-                perplexity=math.exp(nats / n_tokens),
-                bits_per_byte=nats / math.log(2) / n_bytes,
+                documents=len(documents), scored_tokens=n_tokens, nats=total / n_tokens,
+                perplexity=math.exp(total / n_tokens),
+                bits_per_byte=total / math.log(2) / n_bytes,
+                nats_new_bigram=float(new), nats_seen_bigram=float(seen),
+                share_seen=float(n_seen[1] / n_tokens),
                 perplexity_by_position=[math.exp(part[0].sum() / part[1].sum())
                                         for part in buckets])
 
@@ -393,10 +414,13 @@ def report_perplexity(results, text):
     print(f"text tokens of {text}, {results[0]['documents']} documents; each token is scored once, "
           'in the first window that reaches it\n')
     print(markdown(['model', 'meta-tokens a window', 'window', 'stride', 'windows', 'tokens scored',
-                    'perplexity', 'bits per byte'],
+                    'perplexity', 'bits per byte', 'nats: seen bigrams', 'new bigrams'],
                    [[r['model'], r['n_meta'], r['block_size'], r['stride'], f"{r['windows']:,}",
                      f"{r['scored_tokens']:,}", f"{r['perplexity']:.4f}",
-                     f"{r['bits_per_byte']:.4f}"] for r in results]))
+                     f"{r['bits_per_byte']:.4f}", f"{r['nats_seen_bigram']:.4f}",
+                     f"{r['nats_new_bigram']:.4f}"] for r in results]))
+    print(f"seen bigrams: {results[0]['share_seen']:.1%} of the tokens complete a pair of tokens "
+          'that stands earlier in the window, and can be recalled from there (Arora et al. 2023)')
 
 
 def draw_perplexity(results, cfg):
@@ -511,13 +535,18 @@ def largest(logits):
 
 
 SHARPENED = {'entropy': entropy, 'largest logit': largest}
+AT_TEXT, AT_META = 'attention at text tokens', 'attention at meta-tokens'
+IN_META, AT_OUTPUT = 'meta-attention', 'output at meta-tokens'
+READINGS = AT_TEXT, AT_META, IN_META, AT_OUTPUT
 PAPER = {'entropy': -1.40, 'largest logit': 1.26}  # Figure 2: the change by meta-tokens
 
 
 def sharpening(argv):
     """
-    Do meta-tokens sharpen attention? Entropy and largest logit of the causal attention's rows at
-    text tokens: as is, against meta-tokens' embeddings zeroed, and against the text without them.
+    Do meta-tokens sharpen attention? Entropy and largest logit: as is, against meta-tokens'
+    embeddings zeroed, and against the text without them. The paper's figure can be read in four
+    ways: rows of causal attention at text tokens or at meta-tokens, rows of meta-attention, and the
+    output at meta-tokens.
     """
     cfg, m, idx = open_inside(sharpening.__doc__, argv)
     results = measure_sharpening(m.model, idx)
@@ -527,59 +556,74 @@ def sharpening(argv):
                   draw_sharpening(results, changes))
 
 
-def at_text_tokens(model, row, zero_meta=None):
+def sharpness(model, row, reading, zero_meta=None):
     """
-    row (T,) ids -> (L, n_head, n, 2): the entropy and the largest logit in the rows of its n text
-    tokens, less the first, which has no choice.
+    row (T,) ids -> (L, n_head, n, 2): the entropy and the largest logit, at the n tokens of a
+    reading. The first text token is left out, as its row has one key; so is the first meta-token.
+    For the output L = n_head = 1.
     """
-    text, layers = (row != model.config.meta_id).nonzero()[1:, 0], []
-    for seen in look_inside(model, row[None], zero_meta):
-        logits = causal_logits(seen)[0, :, text]                    # (n_head, n, T)
-        layers.append(torch.stack([f(logits) for f in SHARPENED.values()], dim=-1))
+    is_meta, meta_id, layers = row == model.config.meta_id, model.config.meta_id, []
+    at = (~is_meta if reading == AT_TEXT else is_meta).nonzero()[1:, 0]
+    if reading == AT_OUTPUT:
+        with torch.no_grad():
+            x = model.hidden(row[None], zero_meta)[0, at]           # (n, C)
+            layers.append(model.lm_head(x)[None, :, :meta_id])      # (1, n, meta_id)
+    else:
+        logits_of = meta_logits if reading == IN_META else causal_logits
+        for seen in look_inside(model, row[None], zero_meta):
+            layers.append(logits_of(seen)[0, :, at])                # (n_head, n, T)
+    layers = [torch.stack([f(logits) for f in SHARPENED.values()], dim=-1) for logits in layers]
     return torch.stack(layers).cpu().numpy()
 
 
 def measure_sharpening(model, idx):
-    """A dict for each measure and each comparison: its mean change, and that by layer and head."""
-    as_is = np.stack([at_text_tokens(model, row) for row in idx])   # (n_rows, L, n_head, n, 2)
-    others = {
-        'zeroed embeddings': [at_text_tokens(model, row, 'embedding') for row in idx],
-        'the text without them': [at_text_tokens(model, row[row != model.config.meta_id])
-                                  for row in idx]}
-    results = []
-    for (against, other), (w, measure) in product(others.items(), enumerate(SHARPENED)):
-        change = (as_is - np.stack(other))[..., w]                  # (n_rows, L, n_head, n)
-        by_head = change.mean(axis=3)                               # (n_rows, L, n_head)
-        total = bootstrap(lambda rows: by_head[rows].mean(), len(idx))                   # (3,)
-        by_head = bootstrap(lambda rows: by_head[rows].mean(axis=0), len(idx))  # (3, L, n_head)
-        results.append(dict(of=measure, against=against, **named(total),
-                            by_layer_and_head=named(by_head), change=change))
+    """
+    A dict for each reading, measure and comparison: the mean change, and that by layer and head.
+    """
+    results, meta_id = [], model.config.meta_id
+    for reading in READINGS:
+        if reading == IN_META and not model.config.meta_attn:
+            continue
+        as_is = [sharpness(model, row, reading) for row in idx]
+        as_is = np.stack(as_is)                                     # (n_rows, L, n_head, n, 2)
+        others = {'zeroed embeddings': [sharpness(model, row, reading, 'embedding') for row in idx]}
+        if reading == AT_TEXT:
+            others['the text without them'] = [sharpness(model, row[row != meta_id], reading)
+                                               for row in idx]
+        for (against, other), (w, measure) in product(others.items(), enumerate(SHARPENED)):
+            change = (as_is - np.stack(other))[..., w]              # (n_rows, L, n_head, n)
+            by_head = change.mean(axis=3)                           # (n_rows, L, n_head)
+            total = bootstrap(lambda rows: by_head[rows].mean(), len(idx))               # (3,)
+            by_head = bootstrap(lambda rows: by_head[rows].mean(axis=0), len(idx))  # (3, L, n_head)
+            results.append(dict(reading=reading, of=measure, against=against, **named(total),
+                                by_layer_and_head=named(by_head), change=change))
     return results
 
 
 def report_sharpening(results, name, n_rows):
     print(f'{name}: change by the presence of meta-tokens, at text tokens of {n_rows} rows; '
           'entropy in nats\n')
-    table = []
-    for r in results:
+    table, at_text = [], [r for r in results if r['reading'] == AT_TEXT]
+    for r in at_text:
         for layer, heads in enumerate(r['by_layer_and_head']['mean']):
             shown = [f'{x:+.3f}' for x in (heads.mean(), *heads)]
             table.append([r['of'], r['against'], layer, *shown])
-    n_head = results[0]['by_layer_and_head']['mean'].shape[1]
+    n_head = at_text[0]['by_layer_and_head']['mean'].shape[1]
     heads = [f'head {h}' for h in range(n_head)]
     print(markdown(['change of', 'against', 'layer', 'mean', *heads], table))
     for r in results:
         total = r['mean'], r['low'], r['high']
         word = verdict(total, 'it falls', 'not resolved', 'it rises')
         paper = 'it falls' if PAPER[r['of']] < 0 else 'it rises'
-        print(f"{r['of']} against {r['against']}: {span(total)}, {word}; the paper: {paper}, by "
-              f"{abs(PAPER[r['of']]):.2f}")
+        print(f"{r['reading']}: {r['of']} against {r['against']}: {span(total)}, {word}; "
+              f"the paper: {paper}, by {abs(PAPER[r['of']]):.2f}")
 
 
 def draw_sharpening(results, changes):
     figure = new_figure(10, 4)
     axes = dict(zip(SHARPENED, figure.subplots(1, 2)))
-    for r, change in zip(results, changes):
+    results = [r for r in results if r['reading'] == AT_TEXT]
+    for r, change in zip(results, changes):  # those at text tokens come first
         ax, zeroed = axes[r['of']], r['against'] == 'zeroed embeddings'
         style = dict(color='C0', alpha=0.6) if zeroed else dict(color='k', histtype='step', lw=1.5)
         bins = np.linspace(*np.percentile(change, (0.5, 99.5)), 81)
@@ -1063,7 +1107,9 @@ def theory(argv):
     T, meta_id = min(32, m.model.config.block_size), m.model.config.meta_id
     inputs = torch.randint(meta_id - 1, (2, T), generator=generator)
     inputs[:, T // 2] = meta_id
+    inputs[:, T // 3] = 0                          # the control: a text token, the same in both
     a, b = (logit_of(m.model, idx, T - 1, T // 2, layer=-1) for idx in inputs)
+    c, d = (logit_of(m.model, idx, T - 1, T // 3, layer=-1) for idx in inputs)
     print(f"""entropy: one logit of {cfg.n_rows:,} random rows of {cfg.n_keys} keys, raised a little
   it fell in {fell:.1%} of them; "it falls if and only if p > exp(-H)" is right in {right:.2%}
   so the theorem (4.1 / 5.1) needs that condition. Without: logits 0, 0, -3, the last raised by 2:
@@ -1072,7 +1118,12 @@ expressiveness: {m.name}, two inputs of {T} tokens, the meta-token of both at po
   with these logits the last position looks at it, by head of the last block:
   {'  '.join(f'{x:+.3f}' for x in a.tolist())}
   {'  '.join(f'{x:+.3f}' for x in b.tolist())}
-  they differ by up to {(a - b).abs().max():.3f}; a fixed bias of this pair of positions: by 0""")
+  they differ by up to {(a - b).abs().max():.3f}; a fixed bias of this pair of positions: by 0
+  The control: at a text token, the same in both, they differ by up to {(c - d).abs().max():.3f}.
+  So plain attention is no fixed bias either, and the theorem sets meta-tokens apart from position
+  biases alone.
+rate-distortion: D_meta(R) <= D_abs(R) is true of the best encoders, as a larger set of them cannot
+  have a worse best one. It is silent about trained ones: see rate_distortion""")
 
 
 def raise_one_logit(n_rows, n_keys, generator):

@@ -6,7 +6,7 @@ Pre-train GPT-2 with meta-tokens and meta-attention.
     torchrun --standalone --nproc_per_node=4 train.py --preset=paper   # the paper's 152M on 4 GPUs
     python train.py --init_from=resume --out_dir=out/paper      # go on, exactly, after any stop
     python train.py --init_from=out/tiny/ckpt.pt --block_size=1024 --yarn_scale=4 --out_dir=out/long
-    python train.py --init_from=gpt2 --dataset=c4               # GPT-2's weights, and meta-attention
+    python train.py --init_from=gpt2 --dataset=c4               # GPT-2, and meta-attention
 
 Writes out_dir/: config.json log.csv loss.png sample.txt ckpt.pt (the latest) best.pt (the lowest
 validation loss). Everything random is a function of (seed, iteration): the data order, the meta
@@ -661,9 +661,9 @@ def find_gpt2(source):
         hf_hub_download(repo, 'config.json')
         return Path(hf_hub_download(repo, WEIGHTS[0]))
     except Exception as error:  # the network's errors have no common class
-        raise UserError(f'{source} could not be downloaded ({type(error).__name__}): put config.json '
-                        f'and {WEIGHTS[0]} of huggingface.co/{repo} into a folder, and say '
-                        '--init_from=FOLDER')
+        raise UserError(f'{source} could not be downloaded ({type(error).__name__}): put '
+                        f'config.json and {WEIGHTS[0]} of huggingface.co/{repo} into a folder, and '
+                        'say --init_from=FOLDER')
 
 
 def open_run(cfg, given, inherited, presets):

@@ -84,7 +84,7 @@ class Bench:
             self.shorter = {
                 'train.py': ['--max_iters=17', '--eval_iters=2', '--warmup_iters=5'],
                 'finetune.py': ['--max_iters=10', '--phase_iters=2', '--eval_examples=20'],
-                'evaluate.py': ['--n_examples=50']}
+                'evaluate.py': ['--n_examples=50']}  # of `tasks`
         self.rows = json.loads(self.path.read_text())['rows'] if self.path.exists() else []
         self.writing, self.running = threading.Lock(), defaultdict(threading.Lock)
 
@@ -94,11 +94,22 @@ class Bench:
         return Training(('train.py', *settings, *self.shorter['train.py']), out_dir)
 
     def finetuned(self, model, seed, name, *settings):
-        start = self.pretrained(model, seed)
-        out_dir = self.out / f'{model}-{seed}-{name}'
+        return self.taught(self.pretrained(model, seed), seed, name, *settings)
+
+    def taught(self, start, seed, name, *settings):
+        """A fine-tuning of what another training left."""
+        out_dir = start.out_dir.with_name(f'{start.out_dir.name}-{name}')
         settings = (f'--init_from={start.out_dir}/best.pt', f'--out_dir={out_dir}',
                     f'--seed={seed}', *settings)
         return Training(('finetune.py', *settings, *self.shorter['finetune.py']), out_dir, start)
+
+    def stretched(self, start, scale, block_size, seed):
+        """A short training that goes on with a window stretched by YaRN."""
+        out_dir = start.out_dir.with_name(f'{start.out_dir.name}-yarn_{scale}')
+        settings = (f'--init_from={start.out_dir}/best.pt', f'--out_dir={out_dir}',
+                    f'--seed={seed}', f'--block_size={block_size}', f'--yarn_scale={scale}',
+                    '--batch_size=4', '--max_iters=300', '--learning_rate=1e-3')
+        return Training(('train.py', *settings, *self.shorter['train.py']), out_dir, start)
 
     def has(self, measurement):
         return any(row['command'] == measurement.name for row in self.rows)
@@ -178,11 +189,24 @@ def read_inside(name):
     def read(out_dir):
         results = json.loads((ROOT / out_dir / f'eval/{name}.json').read_text())
         if name == 'sharpening':
-            keys = 'of', 'against', 'mean', 'low', 'high'
+            keys = 'reading', 'of', 'against', 'mean', 'low', 'high'
             return [{key: change[key] for key in keys} for change in results['change']]
         return [dict(of='fades more than at text tokens', **results['more']),
                 dict(of='attention to meta-tokens over uniform', **results['over_uniform'])]
     return read
+
+def read_perplexity(out_dir):
+    """Without and with meta-tokens: of all tokens, and of those that can be recalled."""
+    results = json.loads((ROOT / out_dir / 'eval/perplexity-stdlib.json').read_text())['results']
+    keys = 'n_meta', 'perplexity', 'nats', 'nats_new_bigram', 'nats_seen_bigram', 'share_seen'
+    return [{key: row[key] for key in keys} for row in results]
+
+
+def read_rate_distortion(out_dir):
+    """The last meta-token's curve against the last text token's."""
+    results = json.loads((ROOT / out_dir / 'eval/rate_distortion.json').read_text())
+    return [dict(curve=curve, lower=found['lower'], difference=found['difference']['mean'])
+            for curve, found in results['verdicts'].items()]
 
 # ------------------------------------------------------------------------------
 # The experiments. Each gives its measurements of one seed.
@@ -191,6 +215,10 @@ def tested(bench, experiment, model, seed, task, *settings, lengths=(64, 96, 128
     """A model fine-tuned on a task, and its exact match by prompt length."""
     words = [f'{key}_{value}' for key, value in varied.items()]
     training = bench.finetuned(model, seed, '-'.join([task, *words]), f'--task={task}', *settings)
+    return graded(bench, experiment, model, seed, training, lengths, **varied)
+
+
+def graded(bench, experiment, model, seed, training, lengths, **varied):
     command = ('evaluate.py', 'tasks', f'--ckpt={training.out_dir}/best.pt',
                f"--lengths={','.join(map(str, lengths))}", *bench.shorter['evaluate.py'])
     about = dict(experiment=experiment, model=model, seed=seed, **varied)
@@ -269,9 +297,52 @@ def inside(bench, seed):
         yield Measurement(about, training, command, read_inside(name))
 
 
-EXPERIMENTS = dict(recall=recall, loss=loss, markers=markers, inside=inside, hybrid=hybrid,
+def recall_tokens(bench, seed):
+    """Does it help where plain text can be recalled: tokens that complete a bigram seen before?"""
+    for model in 'meta', 'pause', 'gpt2', 'same-size':
+        training = bench.pretrained(model, seed)
+        command = 'evaluate.py', 'perplexity', f'--ckpt={training.out_dir}/best.pt'
+        about = dict(experiment='recall_tokens', model=model, seed=seed)
+        yield Measurement(about, training, command, read_perplexity)
+
+
+def rate_distortion(bench, seed):
+    """Does the last meta-token tell more per nat than the last text token?"""
+    for model in 'meta', 'pause':
+        training = tested(bench, '', model, seed, 'list_recall').training
+        command = 'evaluate.py', 'rate_distortion', f'--ckpt={training.out_dir}/best.pt'
+        about = dict(experiment='rate_distortion', model=model, seed=seed)
+        yield Measurement(about, training, command, read_rate_distortion)
+
+
+def table1(bench, seed):
+    """
+    YaRN, in the paper's ratios: a window of 32 stretched 4 and 8 times, fine-tuned up to half and
+    all of it, tested at 0.5 to 2.5 times the window of 4; and a window of 256 from the start.
+    """
+    if seed not in SEEDS[:3]:
+        return
+    lengths = 64, 128, 192, 256, 320
+    for model in 'meta', 'pause', 'gpt2':
+        out_dir = bench.out / f'{model}-{seed}-window_32'
+        settings = f'--out_dir={out_dir}', f'--seed={seed}', *MODELS[model]
+        short = Training(('train.py', *settings, '--block_size=32', '--batch_size=32',
+                          *bench.shorter['train.py']), out_dir)
+        for scale, trained in ((4, (64, 128)), (8, (128, 256))):
+            stretched = bench.stretched(short, scale, 32 * scale + 8, seed)  # 8: room for answers
+            for length in trained:
+                training = bench.taught(stretched, seed, f'list_recall-{length}',
+                                        f'--train_length={length}')
+                yield graded(bench, 'table1', model, seed, training, lengths, yarn_scale=scale,
+                             train_length=length)
+        yield tested(bench, 'table1', model, seed, 'list_recall', '--train_length=256',
+                     '--block_size=264', lengths=lengths, yarn_scale=1, train_length=256)
+
+
+EXPERIMENTS = dict(recall=recall, loss=loss, recall_tokens=recall_tokens, markers=markers,
+                   inside=inside, rate_distortion=rate_distortion, hybrid=hybrid,
                    placement=placement, recall_more=recall_more, train_length=train_length,
-                   hard_tasks=hard_tasks)
+                   hard_tasks=hard_tasks, table1=table1)
 
 
 def measurements(bench, name):
@@ -429,14 +500,41 @@ def draw_inside(rows):
     lines = []
     for experiment in 'sharpening', 'caching':
         found = [row for row in rows if row['experiment'] == experiment]
-        keys = dict.fromkeys((row['model'], row['of'], row.get('against', '')) for row in found)
-        for model, of, other in keys:
-            seeds = {row['seed']: row['mean'] for row in found
-                     if (row['model'], row['of'], row.get('against', '')) == (model, of, other)}
+        keys = 'reading', 'of', 'against', 'model'
+        for values in dict.fromkeys(tuple(row.get(key) for key in keys) for row in found):
+            where = dict(zip(keys, values))
+            seeds = select(rows, experiment, where, 'mean')
             shown = ' '.join(f'{seeds[seed]:+.3f}' for seed in sorted(seeds))
-            what = f'{of} against {other}' if other else of
-            lines.append([experiment, what, model, f'{np.mean(list(seeds.values())):+.3f}', shown])
-    return markdown(['', 'what', 'model', 'mean', 'seeds'], lines)
+            reading, of, other, model = values
+            what = f'{reading}: {of} against {other}' if reading else of
+            lines.append([what, model, f'{np.mean(list(seeds.values())):+.3f}', shown])
+    return markdown(['change', 'model', 'mean', 'seeds'], lines)
+
+
+def draw_recall_tokens(rows):
+    """Loss in nats without meta-tokens in the text, and with as many as in training."""
+    lines = []
+    for model in values_of(rows, 'model', 'recall_tokens'):
+        for n_meta in values_of(rows, 'n_meta', 'recall_tokens'):
+            cells = []
+            for figure in 'nats', 'nats_seen_bigram', 'nats_new_bigram':
+                found = select(rows, 'recall_tokens', dict(model=model, n_meta=n_meta), figure)
+                if found:
+                    seeds = ' '.join(f'{found[seed]:.3f}' for seed in sorted(found))
+                    cells.append(f'**{np.mean(list(found.values())):.4f}** ({seeds})')
+            if cells:
+                lines.append([model, n_meta, *cells])
+    return markdown(['model', 'meta-tokens a window', 'all', 'seen bigrams', 'new bigrams'], lines)
+
+
+def draw_rate_distortion(rows):
+    lines = []
+    for model in values_of(rows, 'model', 'rate_distortion'):
+        for curve in values_of(rows, 'curve', 'rate_distortion'):
+            where = dict(model=model, curve=curve)
+            lower = select(rows, 'rate_distortion', where, 'lower')
+            lines.append([model, curve, ', '.join(lower[seed] for seed in sorted(lower))])
+    return markdown(['model', 'curve', 'lower than the last text token, by seed'], lines)
 
 
 def how_much_18_prompts_show(rows):
@@ -452,14 +550,17 @@ def how_much_18_prompts_show(rows):
             often.append((np.abs(drawn[0] - drawn[1]) >= 2).mean())
     if not often:
         return ''
-    return (f'Two draws of 18 from the same graded prompts of one model differ by 11 points or more '
-            f'in {min(often):.0%} to {max(often):.0%} of cases ({len(often)} models and lengths).\n')
+    return ('Two draws of 18 from the same graded prompts of one model differ by 11 points or '
+            f'more in {min(often):.0%} to {max(often):.0%} of cases ({len(often)} models and '
+            'lengths).\n')
 
 
 def sections(rows):
     """{name: text} of all that README shows between its markers."""
     drawn = {name: draw_table(rows, table) for name, table in TABLES.items()}
     return drawn | dict(loss=draw_losses(rows), claims=draw_claims(rows), inside=draw_inside(rows),
+                        recall_tokens=draw_recall_tokens(rows),
+                        rate_distortion=draw_rate_distortion(rows),
                         chance=how_much_18_prompts_show(rows))
 
 

@@ -275,7 +275,7 @@ def make_generation(name, net, length, cfg, machine):
     every = meta_every(cfg.meta_rate) if name == 'gather' else 0
     meta_id = cfg.vocab_size - 1
     text = [i % meta_id for i in range(length)]
-    prompt = with_meta_tokens(text, every, meta_id)[-length:]  # its end, so that new text is in step
+    prompt = with_meta_tokens(text, every, meta_id)[-length:]  # its end: new text is in step
     idx = torch.tensor([prompt], device=machine.device)
     if name in MODELS:
         return partial(model.stream, net, idx, cfg.new_tokens, meta_every=every)

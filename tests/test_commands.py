@@ -21,6 +21,7 @@ CONFIGS = {
     'sharpening': (evaluate.InsideConfig, {}),
     'caching': (evaluate.InsideConfig, {}),
     'rate_distortion': (evaluate.RateDistortionConfig, {}),
+    'attention': (evaluate.AttentionConfig, {}),
     'theory': (evaluate.TheoryConfig, {}),
     'sample': (evaluate.SampleConfig, {}),
 }
@@ -36,7 +37,8 @@ SMALL = {  # a proposed command is run as it is, but for a short time
 def commands_in(text):
     """[(script, its settings)] of the lines of text that run a script of ours."""
     found = []
-    for command in re.findall(r'python (\w+\.py\b[^\n#|`]*)|torchrun .*? (train\.py[^\n#`]*)', text):
+    one_process, many = r'python (\w+\.py\b[^\n#|`]*)', r'torchrun .*? (train\.py[^\n#`]*)'
+    for command in re.findall(f'{one_process}|{many}', text):
         script, *settings = shlex.split(''.join(command))
         if script in ('train.py', 'finetune.py', 'prepare.py', 'evaluate.py'):
             found.append((script, settings))

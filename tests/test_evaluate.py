@@ -4,6 +4,7 @@ import math
 import shutil
 import sys
 from doctest import DocTestParser
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -248,16 +249,18 @@ def test_window_losses_are_the_slow_ones(n_meta, T, stride, n):
     torch.manual_seed(0)
     config = GPTConfig(block_size=T, vocab_size=64, n_layer=2, n_head=2, n_embd=16, meta_id=60)
     model, W = GPT(config).eval(), T - n_meta
-    tokens = np.random.default_rng(0).integers(0, 60, n)
+    tokens = np.random.default_rng(0).integers(0, 6, n)   # few, so that pairs of them come again
     window, seen, total = Window(T, n_meta, stride, 'random'), [], 0.0
-    for nats, scored in evaluate.window_losses(model, tokens, window, 3, MACHINE):
+    n_repeated = 0
+    for nats, scored, repeated in evaluate.window_losses(model, tokens, window, 3, MACHINE):
         assert nats.shape == scored.shape and not np.isnan(nats[scored]).any()
+        n_repeated += repeated[scored].sum()
         assert (~np.isnan(nats)).sum(axis=1).max() <= W
         seen.append(scored.sum())
         total += nats[scored].sum()
     assert sum(seen) == n - 1 and seen[0] >= min(W, n - 1)
 
-    rng, expected, reached = np.random.default_rng(0), 0.0, 0
+    rng, expected, reached, n_expected = np.random.default_rng(0), 0.0, 0, 0
     for start in window_starts(n - 1 - W, stride):
         beyond = max(start + W + 1 - n, 0)
         text = np.append(tokens[start:start + W + 1], np.full(beyond, tokens[-1]))
@@ -269,8 +272,11 @@ def test_window_losses_are_the_slow_ones(n_meta, T, stride, n):
             if text_follows and max(reached, start) < place + 1 < n:
                 logits = model(torch.from_numpy(idx[None, :t + 1]))[0][0, 0]
                 expected -= logits.log_softmax(-1)[tokens[place + 1]].item()
+                earlier = list(pairwise(tokens[start:place + 1]))
+                n_expected += (tokens[place], tokens[place + 1]) in earlier
         reached = min(start + W, n - 1)
     assert reached == n - 1 and total == pytest.approx(expected, rel=1e-4)
+    assert n_repeated == n_expected
 
 
 def window_starts(last, stride):
@@ -432,7 +438,8 @@ def test_the_picture_of_attention(inside, refused, trained, tmp_path, monkeypatc
     write_results = evaluate.write_results
     monkeypatch.setattr(evaluate, 'write_results', keep)
     ckpt = 'out/tiny-list_recall/best.pt'
-    printed = inside('evaluate.py', 'attention', '--device=cpu', '--prompt=Z: n v·⏎·Item 2 of Z?').out
+    prompt = '--prompt=Z: n v·⏎·Item 2 of Z?'
+    printed = inside('evaluate.py', 'attention', '--device=cpu', prompt).out
     assert 'Z:␣n␣v·⏎·Item␣2␣of␣Z?␣' in printed  # the space predicts the answer
     results, = read_json(tmp_path / 'out/tiny-list_recall/eval/attention.json')
     model = evaluate.load_one(ckpt, MACHINE).model
@@ -460,8 +467,9 @@ def test_sharpening_is_the_slow_one():
     model, rng = random_model(), np.random.default_rng(0)
     text = rng.integers(60, size=(4, 23))
     idx = torch.from_numpy(inject_meta_tokens(text, 4, 60, rng)[0])    # (4, 26)
-    results = {(r['of'], r['against']): r for r in evaluate.measure_sharpening(model, idx)}
-    assert len(results) == 4
+    results = evaluate.measure_sharpening(model, idx)
+    assert len(results) == 10                                          # 2 more without meta-tokens
+    results = {(r['of'], r['against']): r for r in results if r['reading'] == evaluate.AT_TEXT}
     as_is = [slow_sharpness(model, row) for row in idx]
     others = {'zeroed embeddings': [slow_sharpness(model, row, 'embedding') for row in idx],
               'the text without them': [slow_sharpness(model, row[row != 60]) for row in idx]}
@@ -486,14 +494,35 @@ def slow_sharpness(model, ids, zero_meta=None):
     return np.mean(found, axis=0)
 
 
+@pytest.mark.parametrize('reading', evaluate.READINGS)
+def test_readings_of_sharpening(reading):
+    """Each at its tokens; the first of them, which may have one key only, is left out."""
+    model = random_model()
+    row = torch.randint(60, (20,), generator=torch.Generator().manual_seed(0))
+    row[[2, 9, 15]] = 60
+    found = evaluate.sharpness(model, row, reading)            # (L, n_head, n, 2)
+    at = [9, 15] if reading != evaluate.AT_TEXT else [t for t in range(1, 20) if row[t] != 60]
+    if reading == evaluate.AT_OUTPUT:
+        assert found.shape == (1, 1, 2, 2)
+        logits = model(row[None, :16])[0][0, 0, :60]
+        assert found[0, 0, 1, 1] == pytest.approx(logits.max().item(), rel=1e-4)
+        p = logits.softmax(-1).tolist()
+    else:
+        assert found.shape == (2, 2, len(at), 2)
+        weights = evaluate.attention(model, row[None])[reading == evaluate.IN_META]
+        p = weights[1, 0, 1, at[-1]].tolist()
+    entropy = -sum(x * math.log(x) for x in p if x > 0)
+    assert found[-1, -1, -1, 0] == pytest.approx(entropy, abs=1e-4)
+
+
 def test_sharpening(inside, trained, tmp_path):
     """With more keys the entropy is higher in a model that has learned next to nothing."""
     out = inside('evaluate.py', 'sharpening', '--n_rows=6', '--device=cpu').out
     assert (tmp_path / 'out/tiny/eval/sharpening.png').read_bytes().startswith(PNG)
     results = read_json(tmp_path / 'out/tiny/eval/sharpening.json')['change']
     r, = [r for r in results if (r['of'], r['against']) == ('entropy', 'the text without them')]
-    assert r['mean'] > 0.05 and len(results) == 4 and out.count('the paper: it') == 4
-    assert f"entropy against the text without them: {r['mean']:+.3f}" in out
+    assert r['mean'] > 0.05 and len(results) == 10 and out.count('the paper: it') == 10
+    assert f"tokens: entropy against the text without them: {r['mean']:+.3f}" in out
     assert 'it rises; the paper: it falls' in out
 
 
@@ -687,7 +716,7 @@ def test_a_meta_tokens_logit_is_no_fixed_positional_bias():
 def test_theory(inside, trained):
     out = inside('evaluate.py', 'theory', '--n_rows=500').out
     assert 'is right in 100.00%' in out and '0.791 -> 1.017' in out
-    assert 'differ by up to 0.' in out and 'up to 0.000' not in out
+    assert out.count('differ by up to 0.') == 2 and 'up to 0.000' not in out
 
 # ------------------------------------------------------------------------------
 # What all have in common
