@@ -530,11 +530,7 @@ def entropy(logits):
     return torch.special.entr(logits.softmax(-1)).sum(-1)
 
 
-def largest(logits):
-    return logits.amax(-1)
-
-
-SHARPENED = {'entropy': entropy, 'largest logit': largest}
+SHARPENED = 'entropy', 'largest logit'
 AT_TEXT, AT_META = 'attention at text tokens', 'attention at meta-tokens'
 IN_META, AT_OUTPUT = 'meta-attention', 'output at meta-tokens'
 READINGS = AT_TEXT, AT_META, IN_META, AT_OUTPUT
@@ -572,8 +568,10 @@ def sharpness(model, row, reading, zero_meta=None):
         logits_of = meta_logits if reading == IN_META else causal_logits
         for seen in look_inside(model, row[None], zero_meta):
             layers.append(logits_of(seen)[0, :, at])                # (n_head, n, T)
-    layers = [torch.stack([f(logits) for f in SHARPENED.values()], dim=-1) for logits in layers]
-    return torch.stack(layers).cpu().numpy()
+    found = []
+    for logits in layers:
+        found.append(torch.stack((entropy(logits), logits.amax(-1)), dim=-1))
+    return torch.stack(found).cpu().numpy()
 
 
 def measure_sharpening(model, idx):

@@ -520,9 +520,7 @@ def load_checkpoint(path):
     if not Path(path).is_file():
         raise UserError(f'there is no checkpoint {path}: name the ckpt.pt or best.pt of a run')
     try:
-        with zipfile.ZipFile(path) as archive:  # torch does not compress, so it cannot be larger
-            unpacked = sum(info.file_size for info in archive.infolist())
-        assert unpacked <= Path(path).stat().st_size, 'it is compressed'
+        check_unpacked_size(path)
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
         for key, kind in CHECKPOINT.items():
             assert isinstance(checkpoint[key], kind), f'{key} is no {kind.__name__}'
@@ -531,6 +529,13 @@ def load_checkpoint(path):
     except Exception as error:  # zip, pickle, key and type errors of every kind
         raise UserError(f'{path} is damaged or of another version: {said(error)}')
     return dict(tokenizer='bytes' if meta_id == 257 else 'gpt2') | checkpoint  # older ones lack it
+
+
+def check_unpacked_size(path):
+    """torch does not compress, so what is in the archive cannot be larger than the archive."""
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(info.file_size for info in archive.infolist())
+    assert unpacked <= Path(path).stat().st_size, 'it is compressed'
 
 
 def build_model(model_args, weights=None):
@@ -609,6 +614,8 @@ def load_gpt2(source):
         if path.with_name('config.json').is_file():
             about = json.loads(path.with_name('config.json').read_text())
         assert about.get('model_type', 'gpt2') == 'gpt2', f"it is a {about['model_type']}"
+        if zipfile.is_zipfile(path):
+            check_unpacked_size(path)
         theirs = load_state_dict_from_file(path, 'cpu', weights_only=True, safe=False)
         weights, model_args = from_hugging_face(theirs, about)
         check_weights(GPTConfig(**model_args), weights)

@@ -13,6 +13,7 @@ that made it. A command that has its rows is not run again. README's tables are 
 import argparse, csv, itertools, json, os, platform, re, subprocess, sys, threading, time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from operator import itemgetter
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -168,6 +169,15 @@ def processor():
 # ------------------------------------------------------------------------------
 # What the runs leave, as rows
 
+def found(out_dir, name):
+    """What evaluate.py wrote."""
+    return json.loads((ROOT / out_dir / f'eval/{name}.json').read_text())
+
+
+def pick(dicts, *keys):
+    return [dict(zip(keys, itemgetter(*keys)(d))) for d in dicts]
+
+
 def read_loss(out_dir):
     """The lowest validation loss of a run, and how fast it went."""
     with open(ROOT / out_dir / 'log.csv', newline='') as f:
@@ -180,33 +190,32 @@ def read_loss(out_dir):
 
 def read_tasks(out_dir):
     """A row for each test length, and for each way to zero meta-tokens."""
-    cells = json.loads((ROOT / out_dir / 'eval/tasks.json').read_text())['cells']
-    keys = 'task', 'length', 'meta_tokens', 'n', 'exact_match', 'token_accuracy', 'guess'
-    return [{key: cell[key] for key in keys} for cell in cells]
+    return pick(found(out_dir, 'tasks')['cells'], 'task', 'length', 'meta_tokens', 'n',
+                'exact_match', 'token_accuracy', 'guess')
 
 
-def read_inside(name):
-    def read(out_dir):
-        results = json.loads((ROOT / out_dir / f'eval/{name}.json').read_text())
-        if name == 'sharpening':
-            keys = 'reading', 'of', 'against', 'mean', 'low', 'high'
-            return [{key: change[key] for key in keys} for change in results['change']]
-        return [dict(of='fades more than at text tokens', **results['more']),
-                dict(of='attention to meta-tokens over uniform', **results['over_uniform'])]
-    return read
+def read_sharpening(out_dir):
+    return pick(found(out_dir, 'sharpening')['change'], 'reading', 'of', 'against', 'mean', 'low',
+                'high')
+
+
+def read_caching(out_dir):
+    results = found(out_dir, 'caching')
+    return [dict(of='fades more than at text tokens', **results['more']),
+            dict(of='attention to meta-tokens over uniform', **results['over_uniform'])]
+
 
 def read_perplexity(out_dir):
     """Without and with meta-tokens: of all tokens, and of those that can be recalled."""
-    results = json.loads((ROOT / out_dir / 'eval/perplexity-stdlib.json').read_text())['results']
-    keys = 'n_meta', 'perplexity', 'nats', 'nats_new_bigram', 'nats_seen_bigram', 'share_seen'
-    return [{key: row[key] for key in keys} for row in results]
+    return pick(found(out_dir, 'perplexity-stdlib')['results'], 'n_meta', 'perplexity', 'nats',
+                'nats_new_bigram', 'nats_seen_bigram', 'share_seen')
 
 
 def read_rate_distortion(out_dir):
     """The last meta-token's curve against the last text token's."""
-    results = json.loads((ROOT / out_dir / 'eval/rate_distortion.json').read_text())
-    return [dict(curve=curve, lower=found['lower'], difference=found['difference']['mean'])
-            for curve, found in results['verdicts'].items()]
+    verdicts = found(out_dir, 'rate_distortion')['verdicts']
+    return [dict(curve=curve, lower=v['lower'], difference=v['difference']['mean'])
+            for curve, v in verdicts.items()]
 
 # ------------------------------------------------------------------------------
 # The experiments. Each gives its measurements of one seed.
@@ -290,11 +299,12 @@ def hybrid(bench, seed):
 
 def inside(bench, seed):
     """Do meta-tokens sharpen attention, and cache what stood before them?"""
-    for model, name in itertools.product(('meta', 'pause'), ('sharpening', 'caching')):
+    read = {'sharpening': read_sharpening, 'caching': read_caching}
+    for model, name in itertools.product(('meta', 'pause'), read):
         training = bench.pretrained(model, seed)
         command = 'evaluate.py', name, f'--ckpt={training.out_dir}/best.pt'
         about = dict(experiment=name, model=model, seed=seed)
-        yield Measurement(about, training, command, read_inside(name))
+        yield Measurement(about, training, command, read[name])
 
 
 def recall_tokens(bench, seed):
@@ -390,8 +400,8 @@ CLAIMS = [
 
 def select(rows, experiment, where, figure):
     """{seed: figure} of the rows that are as `where` says."""
-    return {row['seed']: row[figure] for row in rows if row['experiment'] == experiment
-            and all(row.get(key) == value for key, value in where.items())}
+    wanted = dict(where, experiment=experiment)
+    return {row['seed']: row[figure] for row in rows if wanted.items() <= row.items()}
 
 
 def compare(rows, claim):
@@ -500,12 +510,13 @@ def draw_inside(rows):
     lines = []
     for experiment in 'sharpening', 'caching':
         found = [row for row in rows if row['experiment'] == experiment]
-        keys = 'reading', 'of', 'against', 'model'
-        for values in dict.fromkeys(tuple(row.get(key) for key in keys) for row in found):
-            where = dict(zip(keys, values))
+        kinds = [(row.get('reading'), row['of'], row.get('against'), row['model']) for row in found]
+        for reading, of, other, model in dict.fromkeys(kinds):
+            where = dict(of=of, model=model)
+            if reading:
+                where |= dict(reading=reading, against=other)
             seeds = select(rows, experiment, where, 'mean')
             shown = ' '.join(f'{seeds[seed]:+.3f}' for seed in sorted(seeds))
-            reading, of, other, model = values
             what = f'{reading}: {of} against {other}' if reading else of
             lines.append([what, model, f'{np.mean(list(seeds.values())):+.3f}', shown])
     return markdown(['change', 'model', 'mean', 'seeds'], lines)

@@ -1,6 +1,7 @@
 """Starting from GPT-2's weights: they are GPT-2 until the first step, and a run like any other."""
 import json
 import math
+import zipfile
 from types import SimpleNamespace
 
 import numpy as np
@@ -244,6 +245,18 @@ def test_weights_that_are_not_gpt2(refused, gpt2, tmp_path, damage, said):
 def test_configs_that_are_not_gpt2(refused, gpt2, config):
     (gpt2 / 'config.json').write_text(config)
     assert 'holds no GPT-2' in refused('train.py', '--init_from=weights/gpt2')
+
+
+def test_compressed_weights_are_refused(refused, gpt2):
+    """They could be a thousand times larger than their file."""
+    path = gpt2 / 'pytorch_model.bin'
+    small = zipfile.ZipFile(gpt2 / 'new', 'w', zipfile.ZIP_DEFLATED)
+    with zipfile.ZipFile(path) as old, small as new:
+        for name in old.namelist():
+            data = old.read(name)
+            new.writestr(name, bytes(len(data)) if '/data/' in name else data)
+    (gpt2 / 'new').replace(path)
+    assert 'it is compressed' in refused('train.py', '--init_from=weights/gpt2')
 
 
 def test_weights_that_cannot_be_had(refused):
