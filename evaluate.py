@@ -402,7 +402,7 @@ def measure_perplexity(cfg, m, window, machine):
     return dict(model=m.name, n_meta=window.n_meta, meta_rate=window.n_meta / window.T,
                 block_size=window.T, stride=window.stride, windows=n_windows,
                 documents=len(documents), scored_tokens=n_tokens, nats=total / n_tokens,
-                perplexity=math.exp(total / n_tokens),
+                perplexity=math.exp(total / n_tokens), bytes_per_token=n_bytes / n_tokens,
                 bits_per_byte=total / math.log(2) / n_bytes,
                 nats_new_bigram=float(new), nats_seen_bigram=float(seen),
                 share_seen=float(n_seen[1] / n_tokens),
@@ -411,10 +411,11 @@ def measure_perplexity(cfg, m, window, machine):
 
 
 def report_perplexity(results, text):
-    print(f"text tokens of {text}, {results[0]['documents']} documents; each token is scored once, "
-          'in the first window that reaches it\n')
+    print(f"tokens of {text}: {results[0]['documents']} documents, "
+          f"{results[0]['bytes_per_token']:.2f} bytes a token; each is scored once, in the first "
+          'window that reaches it\n')
     print(markdown(['model', 'meta-tokens a window', 'window', 'stride', 'windows', 'tokens scored',
-                    'perplexity', 'bits per byte', 'nats: seen bigrams', 'new bigrams'],
+                    'perplexity per token', 'bits per byte', 'nats: seen bigrams', 'new bigrams'],
                    [[r['model'], r['n_meta'], r['block_size'], r['stride'], f"{r['windows']:,}",
                      f"{r['scored_tokens']:,}", f"{r['perplexity']:.4f}",
                      f"{r['bits_per_byte']:.4f}", f"{r['nats_seen_bigram']:.4f}",

@@ -551,6 +551,15 @@ Share = NewType('Share', float)      # from 0 to less than 1
 RANGES = {int: (0, 2 ** 53), Positive: (1, 2 ** 53), float: (0, math.inf), Share: (0, 1)}
 
 
+# What other programs call our settings.
+ELSEWHERE = dict(lr='learning_rate', wd='weight_decay', steps='max_iters', epochs='max_iters',
+                 iters='max_iters', seq_len='block_size', context_length='block_size',
+                 resume='init_from', checkpoint='init_from ckpt', ckpt='init_from',
+                 model='init_from ckpt', data='dataset source', input='source text',
+                 output='out_dir name', accumulation='gradient_accumulation_steps', layers='n_layer',
+                 heads='n_head', hidden_size='n_embd', warmup='warmup_iters', length='train_length')
+
+
 def parse_config(cls, presets={}, argv=None, doc=''):
     """
     Reads --key=value or --key value into the dataclass cls, whose comments are the texts of -h.
@@ -566,7 +575,9 @@ def parse_config(cls, presets={}, argv=None, doc=''):
             raise SystemExit(0)
         key, equals, text = word.removeprefix('--').partition('=')
         if key not in settings or not word.startswith('--'):
-            near = difflib.get_close_matches(key.lstrip('-'), settings, n=1, cutoff=0.4)
+            key = key.lstrip('-')
+            near = [name for name in ELSEWHERE.get(key, '').split() if name in settings]
+            near += difflib.get_close_matches(key, settings, n=1, cutoff=0.6)
             hint = f'did you mean --{near[0]}?' if near else '-h lists the settings'
             raise UserError(f'unknown setting {word!r}; {hint}')
         text = text if equals else next(words, '--')

@@ -1242,6 +1242,14 @@ def test_an_unknown_setting_names_the_nearest(word, near):
     assert complaint('--rate=3', word) == f'unknown setting {word!r}; did you mean --{near}?'
 
 
+@pytest.mark.parametrize('script, word, ours', [
+    ('train.py', 'lr', 'learning_rate'), ('train.py', 'epochs', 'max_iters'),
+    ('train.py', 'resume', 'init_from'), ('finetune.py', 'seq_len', 'block_size'),
+    ('prepare.py', 'data', 'source')])
+def test_what_other_programs_call_a_setting(refused, script, word, ours):
+    assert f'did you mean --{ours}?' in refused(script, f'--{word}=1')
+
+
 @pytest.mark.parametrize('word', ['--zzz=3', 'zzz', '--', '-', '', '=', '--=3', '5'])
 def test_an_unknown_setting_unlike_any(word):
     assert complaint(word) == f'unknown setting {word!r}; -h lists the settings'
