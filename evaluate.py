@@ -50,7 +50,8 @@ def load_models(paths, machine, yarn_scale=1.0):
     [Loaded] for a comma-separated list of checkpoints. With yarn_scale, each RoPE model that was
     not stretched in training comes a second time, stretched now. Raises UserError.
     """
-    models, paths = [], [Path(path) for path in paths.split(',')]
+    models = []
+    paths = [Path(path) for path in paths.split(',')]
     folders = [path.parent.name for path in paths]
     for path in paths:
         checkpoint = load_checkpoint(path)
@@ -78,7 +79,8 @@ def load_one(ckpt, machine, with_meta_tokens=True):
 
 def write_results(ckpt, name, results, figure):
     """The numbers, then the picture, into eval/ beside the first checkpoint of a list."""
-    folder = Path(ckpt.split(',')[0]).parent / 'eval'
+    first, *_ = ckpt.split(',')
+    folder = Path(first).parent / 'eval'
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(results, indent=1, default=lambda array: array.tolist()) + '\n'
     replace_file(folder / f'{name}.json', lambda path: path.write_text(text))
@@ -100,7 +102,7 @@ def markdown(head, rows):
 def wilson(p, n, z=1.96):
     """The 95% interval of a share p seen in n trials (Wilson 1927)."""
     middle = p + z * z / (2 * n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    half = z * math.sqrt(p * (1 - p) / n + (z / (2 * n)) ** 2)
     scale = 1 + z * z / n
     return max((middle - half) / scale, 0.0), min((middle + half) / scale, 1.0)
 
@@ -118,6 +120,11 @@ def bootstrap(statistic, n_rows, n_draws=1000):
 
 def named(interval):
     return dict(zip(('mean', 'low', 'high'), interval))
+
+
+def values_of(interval):
+    """The reverse of named: (3, ...)."""
+    return np.stack([interval[key] for key in ('mean', 'low', 'high')])
 
 
 def span(interval):
@@ -177,16 +184,20 @@ def measure_tasks(models, chosen, lengths, n, machine):
     from tqdm import tqdm
     cells = []
     for task, length, m in tqdm([*product(chosen, lengths, models)], unit=' models'):
-        markers = markers_of(m.trained) if m.trained.get('task') == task else 'task'
+        markers, config = 'task', m.model.config
+        if m.trained.get('task') == task:
+            markers = markers_of(m.trained)
         rows = held_out(task, length, n, m.tok, markers)
-        width, answers = width_for({task: length}), Counter(tuple(answer) for _, answer in rows)
+        answers = Counter(tuple(answer) for _, answer in rows)
         guess = max(answers.values()) / n                           # the best answer to all of them
-        ends = m.model.config.block_size if m.model.config.pos == 'ape' else math.inf
+        width = width_for({task: length})
+        ends = config.block_size if config.pos == 'ape' else math.inf
         for words, zero_meta in ZEROED.items():
             cell = dict(task=task, model=m.name, meta_tokens=words, length=length, n=n, guess=guess)
             if width <= ends:
                 right, hits, asked, _ = grade(m.model, rows, width, m.tok, machine, zero_meta)
-                exact, token = float(right.mean()), float(hits.sum() / asked.sum())
+                exact = float(right.mean())
+                token = float(hits.sum() / asked.sum())
                 cell |= dict(exact_match=exact, exact_match_95=wilson(exact, n),
                              token_accuracy=token, token_accuracy_95=wilson(token, n))
             cells.append(cell)
@@ -198,15 +209,15 @@ def report_tasks(cells, chosen, lengths):
         table = {}  # (model, meta-tokens) -> a cell for each length
         for cell in cells:
             if cell['task'] == task:
-                shown = '-'
+                shown, key = '-', (cell['model'], cell['meta_tokens'])
                 if measure in cell:
-                    share = np.array([cell[measure], *cell[f'{measure}_95']])
-                    shown = '{:.1f} ({:.1f}-{:.1f})'.format(*100 * share)
-                table.setdefault((cell['model'], cell['meta_tokens']), []).append(shown)
+                    low, high = cell[f'{measure}_95']
+                    shown = f'{100 * cell[measure]:.1f} ({100 * low:.1f}-{100 * high:.1f})'
+                table.setdefault(key, []).append(shown)
         print(f"\n{task}: {measure.replace('_', ' ')}, %, by prompt length (95% interval, "
               f"{cells[0]['n']} examples)\n")
-        print(markdown(['model', 'meta-tokens', *lengths],
-                       [[*key, *row] for key, row in table.items()]))
+        lines = [[*key, *row] for key, row in table.items()]
+        print(markdown(['model', 'meta-tokens', *lengths], lines))
     if not all('exact_match' in cell for cell in cells):
         print('- : learned positions (APE) end at the block size of that model')
 
@@ -287,15 +298,16 @@ def perplexity(argv):
     cfg, _ = parse_config(PerplexityConfig, argv=argv, doc=perplexity.__doc__)
     machine, runs = Machine(cfg.device, cfg.dtype), []
     models = load_models(cfg.ckpt, machine, cfg.yarn_scale)
-    cfg = replace(cfg, text=cfg.text or f"data/{models[0].trained['dataset']}")
+    if not cfg.text:
+        cfg = replace(cfg, text=f"data/{models[0].trained['dataset']}")
     for m in models:
         T = cfg.block_size or m.model.config.block_size
         for n_meta in sorted({0, meta_count(T, m.trained['meta_rate'])}):
             runs.append((m, make_window(cfg, m, T, n_meta)))
     results = [measure_perplexity(cfg, m, window, machine) for m, window in runs]
     report_perplexity(results, cfg.text)
-    name = f"perplexity-{Path(cfg.text).stem.replace('*', '') or 'text'}"
-    write_results(cfg.ckpt, name, dict(settings=asdict(cfg), results=results),
+    name = Path(cfg.text).stem.replace('*', '') or 'text'
+    write_results(cfg.ckpt, f'perplexity-{name}', dict(settings=asdict(cfg), results=results),
                   draw_perplexity(results, cfg))
 
 
@@ -328,7 +340,9 @@ def read_documents(text, tok, max_tokens):
             raise UserError(str(error).replace('--source=', '--text='))
         lists = [texts for path in paths for texts in naming(path, read_file(path))]
         documents = [encode(tok, text) for text in sum(lists, [])]
-    share = max(max_tokens // max(len(documents), 1), 1) + 1 if max_tokens else None
+    share = None
+    if max_tokens and documents:
+        share = max(max_tokens // len(documents), 1) + 1            # the first is not scored
     documents = [np.asarray(ids[:share], np.int64) for ids in documents if len(ids) > 1]
     if not documents:
         raise UserError(f'--text={text}: no text of two tokens or more')
@@ -345,29 +359,35 @@ def window_losses(model, tokens, window, batch_size, machine):
     stands earlier in the window.
     """
     W, last, meta_id = window.T - window.n_meta, len(tokens) - 1, model.config.meta_id
-    starts = np.array([*range(0, max(last - W, 0), window.stride), max(last - W, 0)])
-    reached = np.array([0, *(starts[:-1] + W)])                     # the last token scored before
+    last_start = max(last - W, 0)
+    starts = np.array([*range(0, last_start, window.stride), last_start])
+    reached = np.concatenate(([0], starts[:-1] + W))                # the last token scored before
     rng = np.random.default_rng(0)
     for n in range(0, len(starts), batch_size):
-        start, before = starts[n:n + batch_size, None], reached[n:n + batch_size, None]
-        text = tokens[np.minimum(start + np.arange(W + 1), last)]   # (B, W + 1)
+        some = slice(n, n + batch_size)
+        start, before = starts[some, None], reached[some, None]     # (B, 1)
+        places = start + np.arange(W + 1)                           # (B, W + 1)
+        text = tokens[np.minimum(places, last)]                     # (B, W + 1)
         idx, targets = inject_meta_tokens(text, window.n_meta, meta_id, rng, window.placement)
         place = (idx != meta_id).cumsum(axis=1)                     # (B, T): the target's, in text
         seen = np.take_along_axis(seen_bigrams(text), place, axis=1)
         token = start + place                                       # (B, T): in the document
         valid = (targets >= 0) & (token > start) & (token <= last)
         idx, targets = machine.to_device(idx, targets)
+        nats = []
         with torch.no_grad(), machine.autocast:
             x = model.hidden(idx, n_meta=window.n_meta)             # (B, T, C)
-            nats = [F.cross_entropy(model.lm_head(row).float(), wanted, ignore_index=-1,
-                                    reduction='none') for row, wanted in zip(x, targets)]
-        nats = torch.stack(nats).cpu().double().numpy()
+            for row, wanted in zip(x, targets):                     # the logits of all are too many
+                logits = model.lm_head(row).float()                 # (T, vocab_size)
+                nats.append(F.cross_entropy(logits, wanted, ignore_index=-1, reduction='none'))
+        nats = torch.stack(nats).cpu().numpy().astype(float)        # (B, T)
         yield np.where(valid, nats, np.nan), valid & (token > before), seen
 
 
 def seen_bigrams(text):
     """text (B, n) -> (B, n) bool: does a token, and the one before it, stand earlier in the row?"""
-    bigrams = text[:, :-1] * 2 ** 20 + text[:, 1:]                  # (B, n - 1)
+    before, after = text[:, :-1], text[:, 1:]
+    bigrams = before * 2 ** 20 + after                              # (B, n - 1)
     seen = np.ones(text.shape, dtype=bool)
     seen[:, 0] = False
     for b, row in enumerate(bigrams):
@@ -381,7 +401,7 @@ def measure_perplexity(cfg, m, window, machine):
     from tqdm import tqdm
     documents, bytes_of = read_documents(cfg.text, m.tok, cfg.max_tokens), token_bytes(m.tok)
     n_tokens = sum(len(ids) - 1 for ids in documents)
-    n_bytes = sum(int(bytes_of[ids[1:]].sum()) for ids in documents)
+    n_bytes = sum(bytes_of[ids[1:]].sum() for ids in documents)
     n_windows = 0
     nats, n_seen = np.zeros(2), np.zeros(2)                         # of new and of seen bigrams
     by_position = np.zeros((2, window.T))                           # sums and counts
@@ -392,13 +412,15 @@ def measure_perplexity(cfg, m, window, machine):
                 nats += np.bincount(seen[scored], losses[scored], 2)
                 n_seen += np.bincount(seen[scored], minlength=2)
                 n_windows += len(losses)
-                by_position += np.nansum(losses, axis=0), (~np.isnan(losses)).sum(axis=0)
+                counted = ~np.isnan(losses)
+                by_position += np.nansum(losses, axis=0), counted.sum(axis=0)
                 bar.update(int(scored.sum()))
     total = float(nats.sum())
     if not math.isfinite(total):
         raise UserError(f'the loss of {m.name} is {total}: its weights are damaged')
     new, seen = nats / n_seen.clip(1)
-    buckets = [part for part in np.array_split(by_position, cfg.n_buckets, axis=1) if part[1].any()]
+    buckets = np.array_split(by_position, cfg.n_buckets, axis=1)
+    means = [sums.sum() / counts.sum() for sums, counts in buckets if counts.any()]
     return dict(model=m.name, n_meta=window.n_meta, meta_rate=window.n_meta / window.T,
                 block_size=window.T, stride=window.stride, windows=n_windows,
                 documents=len(documents), scored_tokens=n_tokens, nats=total / n_tokens,
@@ -406,8 +428,7 @@ def measure_perplexity(cfg, m, window, machine):
                 bits_per_byte=total / math.log(2) / n_bytes,
                 nats_new_bigram=float(new), nats_seen_bigram=float(seen),
                 share_seen=float(n_seen[1] / n_tokens),
-                perplexity_by_position=[math.exp(part[0].sum() / part[1].sum())
-                                        for part in buckets])
+                perplexity_by_position=np.exp(means))
 
 
 def report_perplexity(results, text):
@@ -466,7 +487,8 @@ def open_inside(doc, argv):
                     m.trained['meta_placement'])
     if blocks.n_chunks < cfg.n_rows:
         raise UserError(f'--n_rows={cfg.n_rows}: the validation text has only {blocks.n_chunks}')
-    return cfg, m, torch.from_numpy(blocks.batch(0, cfg.n_rows)[0]).to(machine.device)
+    idx, _ = blocks.batch(0, cfg.n_rows)
+    return cfg, m, torch.from_numpy(idx).to(machine.device)
 
 
 class Seen(NamedTuple):
@@ -479,10 +501,13 @@ class Seen(NamedTuple):
 
 def look_inside(model, idx, zero_meta=None):
     """idx (B, T) -> [Seen], one for each block."""
-    seen, hooks = [], []
-    for block in model.transformer.h:
-        hooks.append(block.register_forward_hook(
-            lambda block, args, output: seen.append(Seen(block, *args[:3], output))))
+    seen = []
+
+    def look(block, args, output):
+        x, rope, is_meta, *_ = args
+        seen.append(Seen(block, x, rope, is_meta, output))
+
+    hooks = [block.register_forward_hook(look) for block in model.transformer.h]
     with torch.no_grad():
         model.hidden(idx, zero_meta)
     for hook in hooks:
@@ -494,7 +519,7 @@ def attention_logits(attn, x, rope):
     """What the softmax of a causal attention sees, (B, n_head, T, T): -inf above the diagonal."""
     q, k, _ = attn.qkv(x, rope)
     scores = q @ k.mT / math.sqrt(q.shape[-1])
-    later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
+    later = torch.ones_like(scores, dtype=torch.bool).triu(1)
     return scores.masked_fill(later, -torch.inf)
 
 
@@ -518,12 +543,13 @@ def attention(model, idx):
     What attends to what, idx (B, T): two arrays (n_layer, B, n_head, T, T), of causal attention and
     of meta-attention. In a row of text the latter is all 0; it is None in a model without it.
     """
-    blocks, meta = look_inside(model, idx), None
-    causal = torch.stack([causal_logits(seen).softmax(-1) for seen in blocks])
-    if model.config.meta_attn:
-        meta = torch.stack([meta_logits(seen).softmax(-1).nan_to_num() for seen in blocks])
-        meta = meta.cpu().numpy()
-    return causal.cpu().numpy(), meta
+    causal, meta = [], []
+    for seen in look_inside(model, idx):
+        causal.append(causal_logits(seen).softmax(-1).cpu())
+        if model.config.meta_attn:
+            weights = meta_logits(seen).softmax(-1).cpu()
+            meta.append(weights.nan_to_num())                       # text: a softmax of nothing
+    return np.stack(causal), np.stack(meta) if meta else None
 
 
 def entropy(logits):
@@ -559,8 +585,9 @@ def sharpness(model, row, reading, zero_meta=None):
     reading. The first text token is left out, as its row has one key; so is the first meta-token.
     For the output L = n_head = 1.
     """
-    is_meta, meta_id, layers = row == model.config.meta_id, model.config.meta_id, []
-    at = (~is_meta if reading == AT_TEXT else is_meta).nonzero()[1:, 0]
+    meta_id, layers = model.config.meta_id, []
+    wanted = row != meta_id if reading == AT_TEXT else row == meta_id
+    at = wanted.nonzero()[1:, 0]                                    # (n,)
     if reading == AT_OUTPUT:
         with torch.no_grad():
             x = model.hidden(row[None], zero_meta)[0, at]           # (n, C)
@@ -680,13 +707,17 @@ def measure_caching(model, idx):
     distance = torch.arange(T)[:, None] - torch.arange(T)           # from a token back to another
     for n, row in enumerate(idx):
         is_meta = (row == model.config.meta_id).cpu()               # (T,)
-        uniform[n] = (is_meta.cumsum(0) / torch.arange(1, T + 1))[~is_meta].mean()
+        is_text = ~is_meta
+        share = is_meta.cumsum(0) / torch.arange(1, T + 1)          # of what each token sees
+        uniform[n] = share[is_text].mean()
         for layer, seen in enumerate(look_inside(model, row[None])):
-            weights = causal_logits(seen).softmax(-1)[0].mean(0).cpu()
-            looked[n, layer] = weights[~is_meta][:, is_meta].sum(-1).mean()
-            for kind, here in enumerate((is_meta, ~is_meta)):
-                sums[:, kind, layer, n] = cosines_by_distance(seen.output[0], here, is_meta,
-                                                              distance)
+            weights = causal_logits(seen).softmax(-1)[0]            # (n_head, T, T)
+            weights = weights.mean(dim=0).cpu()                     # (T, T)
+            to_meta = weights[:, is_meta].sum(dim=1)                # (T,)
+            looked[n, layer] = to_meta[is_text].mean()
+            for kind, here in enumerate((is_meta, is_text)):
+                found = cosines_by_distance(seen.output[0], here, is_meta, distance)
+                sums[:, kind, layer, n] = found
 
     def cosine(rows, near, far):                                    # -> (2, L)
         total, count = sums[:, :, :, rows, near:far].sum(axis=(3, 4))
@@ -695,31 +726,41 @@ def measure_caching(model, idx):
     def fading(rows):
         return cosine(rows, 1, 5) - cosine(rows, T // 8, T)
 
-    edges = np.unique(np.round(np.geomspace(1, T, 16)).astype(int))
+    edges = np.geomspace(1, T, 16).round().astype(int)
+    edges = np.unique(edges)
     parts = list(zip(edges, edges[1:]))
 
-    def curve(rows):                                                # -> (2, L, parts)
+    def curves(rows):                                               # -> (2, L, parts)
         return np.stack([cosine(rows, *part) for part in parts], axis=-1)
 
-    return dict(distance=edges[:-1], meta_share=uniform.mean(),
-                curves=named(bootstrap(curve, n_rows)), fading=named(bootstrap(fading, n_rows)),
-                more=named(bootstrap(lambda rows: -np.diff(fading(rows)[:, -1])[0], n_rows)),
-                attention_to_meta=named(bootstrap(lambda rows: looked[rows].mean(0), n_rows)),
-                over_uniform=named(bootstrap(
-                    lambda rows: (looked.mean(1) - uniform)[rows].mean(), n_rows)))
+    def more(rows):
+        at_meta, at_text = fading(rows)[:, -1]
+        return at_meta - at_text
+
+    def attention_to_meta(rows):                                    # -> (L,)
+        return looked[rows].mean(axis=0)
+
+    def over_uniform(rows):
+        return looked[rows].mean() - uniform[rows].mean()
+
+    results = dict(distance=edges[:-1], meta_share=uniform.mean())
+    for statistic in curves, fading, more, attention_to_meta, over_uniform:
+        results[statistic.__name__] = named(bootstrap(statistic, n_rows))
+    return results
 
 
 def report_caching(results, name, shape):
     n_rows, T = shape
-    fade, look, more, over = (np.stack(list(results[key].values())) for key in
-                              ('fading', 'attention_to_meta', 'more', 'over_uniform'))
+    keys = 'fading', 'attention_to_meta', 'more', 'over_uniform'
+    fade, look, more, over = (values_of(results[key]) for key in keys)
     print(f'{name}: {n_rows} rows. Fading: cosine at a distance of up to 4, less that from '
           f'{T // 8} on. Attention: the share that text tokens give to meta-tokens, which are '
           f"{results['meta_share']:.1%} of the tokens that they see\n")
     table = []
     for layer in range(fade.shape[2]):
-        shown = '{:.1f} ({:.1f}-{:.1f})'.format(*100 * look[:, layer])
-        table.append([layer, span(fade[:, 0, layer]), span(fade[:, 1, layer]), shown])
+        mean, low, high = 100 * look[:, layer]
+        at_meta, at_text = span(fade[:, 0, layer]), span(fade[:, 1, layer])
+        table.append([layer, at_meta, at_text, f'{mean:.1f} ({low:.1f}-{high:.1f})'])
     print(markdown(['layer', 'fading at meta-tokens', 'at text tokens (control)',
                     'attention to meta-tokens, %'], table))
     unsure = 'as far as can be resolved'
@@ -816,13 +857,15 @@ def prompt_to_look_at(cfg, m):
 
 def measure_attention(m, ids):
     """looked (n_layer, T): the weights of the last token; among (n_layer, M, M): meta-attention."""
-    idx = torch.tensor([ids], device=m.model.lm_head.weight.device)
-    causal, meta = attention(m.model, idx)
-    words = ['·' if i == m.model.config.meta_id else shown_token(m.tok, i) for i in ids]
-    at = [t for t, i in enumerate(ids) if i == m.model.config.meta_id]
-    results = dict(model=m.name, tokens=words, meta_at=at, looked=causal[:, 0, :, -1].mean(axis=1))
+    device, meta_id = m.model.lm_head.weight.device, m.model.config.meta_id
+    causal, meta = attention(m.model, torch.tensor([ids], device=device))
+    words = ['·' if i == meta_id else shown_token(m.tok, i) for i in ids]
+    at = [t for t, i in enumerate(ids) if i == meta_id]
+    causal = causal[:, 0].mean(axis=1)                              # (n_layer, T, T)
+    results = dict(model=m.name, tokens=words, meta_at=at, looked=causal[:, -1])
     if meta is not None:
-        results['among'] = meta[:, 0].mean(axis=1)[:, at][:, :, at]
+        meta = meta[:, 0].mean(axis=1)                              # (n_layer, T, T)
+        results['among'] = meta[:, at][:, :, at]
     return results
 
 
@@ -969,11 +1012,13 @@ class Bottlenecks(torch.nn.Module):
     def forward(self, h, y):
         """h (n, C), y (n,) -> rate and distortion in nats, (2, K, n)."""
         K = len(self.encoder)
-        h = ((h - self.mean) / self.std).expand(K, *h.shape)
+        h = (h - self.mean) / self.std
+        h = h.expand(K, *h.shape)                                          # (K, n, C)
         mu, log_var = torch.baddbmm(self.encoder_offset, h, self.encoder).chunk(2, dim=-1)
         noise = torch.randn(mu.shape, generator=self.generator).to(h.device)
         z = mu + noise * (log_var / 2).exp()                               # (K, n, z_dim)
-        rate = 0.5 * (mu ** 2 + log_var.exp() - 1 - log_var).sum(-1)       # KL from N(0, I)
+        kl = 0.5 * (mu ** 2 + log_var.exp() - 1 - log_var)                 # from N(0, I)
+        rate = kl.sum(-1)                                                  # (K, n)
         logits = torch.baddbmm(self.decoder_offset, z, self.decoder)       # (K, n, n_classes)
         distortion = F.cross_entropy(logits.mT, y.expand(K, -1), reduction='none')
         return torch.stack((rate, distortion))
@@ -985,18 +1030,21 @@ def fit_bottlenecks(h, y, h_test, y_test, betas, n_seeds, z_dim, n_steps):
     Trains on distortion + beta * rate. h (n, C), y (n,) class numbers. Returns rate and distortion
     of the test examples, in nats: (2, n_seeds, len(betas), n_test).
     """
-    model = Bottlenecks(h, int(y.max()) + 1, n_seeds, len(betas), z_dim)
-    beta = torch.tensor(betas, device=h.device).float().repeat(n_seeds)[:, None]   # (K, 1)
+    n_classes = int(y.max()) + 1
+    model = Bottlenecks(h, n_classes, n_seeds, len(betas), z_dim)
+    beta = torch.tensor(betas * n_seeds, device=h.device)[:, None]         # (K, 1)
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
     for _ in range(n_steps):
         batch = torch.randint(len(h), (250,), generator=model.generator).to(h.device)
         rate, distortion = model(h[batch], y[batch])
-        (distortion + beta * rate).mean(1).sum().backward()
+        loss = distortion + beta * rate                                    # (K, 250)
+        loss.mean(1).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
     with torch.no_grad():
         draws = torch.stack([model(h_test, y_test) for _ in range(8)])     # of z
-    return draws.mean(0).view(2, n_seeds, len(betas), -1).cpu().numpy()
+    found = draws.mean(0).cpu().numpy()                                    # (2, K, n_test)
+    return found.reshape(2, n_seeds, len(betas), -1)
 
 
 def lower_at_equal_rate(one, other, most):
@@ -1023,7 +1071,7 @@ def measure_rate_distortion(cfg, m, device):
     classes = y.unique()                           # one that training never saw counts as the next
     y, y_test = (torch.searchsorted(classes, t).clamp(max=len(classes) - 1) for t in (y, y_test))
     counts = y_test.bincount().float()
-    most = torch.distributions.Categorical(counts).entropy().item()
+    most = float(torch.distributions.Categorical(counts).entropy())
     betas = np.geomspace(1e-3, 1, cfg.n_betas).tolist()
     runs = {curve: fit_bottlenecks(h[curve], y, h_test[curve], y_test, betas, cfg.n_seeds,
                                    cfg.z_dim, cfg.n_steps) for curve in CURVES}
@@ -1049,7 +1097,7 @@ def compare_curves(one, other, most, n_draws=200):
     rng, draws = np.random.default_rng(0), []
     for _ in range(n_draws):
         seeds, rows = rng.integers(n_seeds, size=n_seeds), rng.integers(n_test, size=n_test)
-        pair = [run[:, seeds].mean(axis=1)[..., rows].mean(axis=-1) for run in (one, other)]
+        pair = [run[:, seeds][..., rows].mean(axis=(1, 3)) for run in (one, other)]
         draws.append(lower_at_equal_rate(*pair, most))
     value = lower_at_equal_rate(one.mean(axis=(1, 3)), other.mean(axis=(1, 3)), most)
     return value, *np.percentile(draws, (2.5, 97.5))
@@ -1072,7 +1120,7 @@ def draw_rate_distortion(results):
     figure = new_figure(7, 5)
     ax = figure.subplots()
     for n, (curve, found) in enumerate(results['curves'].items()):
-        rate, distortion = (np.stack(list(found[key].values())) for key in ('rate', 'distortion'))
+        rate, distortion = values_of(found['rate']), values_of(found['distortion'])
         errors = [np.abs(x[1:] - x[0]) for x in (rate, distortion)]        # (2, n_betas) each
         ax.errorbar(rate[0], distortion[0], errors[1], errors[0], capsize=2, label=curve,
                     **line_style(n))
@@ -1102,7 +1150,8 @@ def theory(argv):
     m = load_one(cfg.ckpt, Machine('cpu'))
     generator = torch.Generator().manual_seed(cfg.seed)
     fell, right = raise_one_logit(cfg.n_rows, cfg.n_keys, generator)
-    before, after = entropy(torch.tensor([[0.0, 0.0, -3.0], [0.0, 0.0, -1.0]])).tolist()
+    logits = torch.tensor([[0.0, 0.0, -3.0], [0.0, 0.0, -1.0]])
+    before, after = entropy(logits).tolist()
     T, meta_id = min(32, m.model.config.block_size), m.model.config.meta_id
     inputs = torch.randint(meta_id - 1, (2, T), generator=generator)
     inputs[:, T // 2] = meta_id
@@ -1141,7 +1190,8 @@ def raise_one_logit(n_rows, n_keys, generator):
 
 def logit_of(model, idx, t, s, layer):
     """The logits (n_head,) with which position t of idx (T,) looks at position s, in a layer."""
-    return causal_logits(look_inside(model, idx[None])[layer])[0, :, t, s]
+    seen = look_inside(model, idx[None])[layer]
+    return causal_logits(seen)[0, :, t, s]
 
 # ------------------------------------------------------------------------------
 # sample: text, as it comes

@@ -171,7 +171,7 @@ def place_marks(prompt, markers, rng, tok):
     if markers == 'none':
         return text
     if markers == 'end':  # the last one moves behind the question
-        last = len(prompt) - 1 - prompt[::-1].index(meta)
+        last = max(t for t, i in enumerate(prompt) if i == meta)
         return prompt[:last] + prompt[last + 1:] + [meta]
     if markers == 'random':  # anywhere but at the end
         for place in sorted(rng.choice(len(prompt) - 1, n_marks, replace=False)):
@@ -241,12 +241,16 @@ PRESETS['gpt2'] = PRESETS['paper'] | dict(init_from='gpt2')
 def phase_lengths(task, train_length):
     """The five prompt lengths of the curriculum, in equal ratios from the shortest prompts."""
     shortest = TASKS[task].shortest
-    return [round(shortest ** (1 - p / 5) * train_length ** (p / 5)) for p in range(1, 6)]
+    ratio = train_length / shortest
+    return [round(shortest * ratio ** (p / 5)) for p in range(1, 6)]
 
 
 def width_for(lengths):
     """Positions that prompts of {task: length} and their answers need, less the last target."""
-    return max(length + TASKS[task].longest_answer(length) - 1 for task, length in lengths.items())
+    width = 0
+    for task, length in lengths.items():
+        width = max(width, length + TASKS[task].longest_answer(length) - 1)
+    return width
 
 
 def collate(rows, width, pad):
@@ -284,7 +288,8 @@ def grade(model, rows, width, tok, machine, zero_meta=None):
         asked = (targets >= 0) & ~torch.isin(targets, white)
         nats = F.cross_entropy(logits.mT, targets, ignore_index=-1, reduction='none')
         hits = (hit & asked).sum(dim=1)
-        results.append(torch.stack((right.float(), hits, asked.sum(dim=1), nats.sum(dim=1))).cpu())
+        found = torch.stack((right.float(), hits, asked.sum(dim=1), nats.sum(dim=1)))
+        results.append(found.cpu())                                       # (4, rows)
     model.train(training)
     right, hits, asked, nats = torch.cat(results, dim=1).numpy()          # (len(rows),) each
     return right == 1, hits, asked, nats
@@ -317,13 +322,16 @@ class Recall:
             self.held_out += [next(stream) for _ in range(share)]
 
     def phase(self, it):
-        return min(it // self.cfg.phase_iters + 1, 5) if self.cfg.curriculum else 5
+        if not self.cfg.curriculum:
+            return 5
+        return min(it // self.cfg.phase_iters + 1, 5)
 
     def batch(self, i):
         """Micro-batch i of the run, whoever asks: idx, targets (batch_size, width) int64."""
         cfg, step, level = self.cfg, i // self.cfg.gradient_accumulation_steps, 4
         if cfg.curriculum:
-            level = int(np.random.default_rng([cfg.seed, step]).integers(self.phase(step)))
+            rng = np.random.default_rng([cfg.seed, step])
+            level = int(rng.integers(self.phase(step)))
         lengths = {task: phase_lengths(task, cfg.train_length)[level] for task in self.tasks}
         rows = []
         for n in range(i * cfg.batch_size, (i + 1) * cfg.batch_size):
@@ -348,8 +356,12 @@ class Recall:
 
     def status(self, it):
         """What stands first on the progress line."""
-        phase = f'phase {self.phase(it)}/5  ' if self.cfg.curriculum else ''
-        return phase + (f"exact match {self.last['exact_match']:.1%}  " if self.last else '')
+        text = ''
+        if self.cfg.curriculum:
+            text += f'phase {self.phase(it)}/5  '
+        if self.last:
+            text += f"exact match {self.last['exact_match']:.1%}  "
+        return text
 
     def describe(self):
         """The run's task, in the lines it begins with."""
@@ -386,8 +398,11 @@ def main():
                         'minutes), name a checkpoint, or say --init_from=scratch')
     if not cfg.out_dir:
         path = Path(cfg.init_from)
-        origin = path.resolve().parent.name if path.suffix else path.name
-        origin = 'tiny' if cfg.init_from == 'resume' else origin
+        origin = path.name  # of 'scratch', 'gpt2' or a folder
+        if path.suffix:
+            origin = path.resolve().parent.name
+        if cfg.init_from == 'resume':
+            origin = 'tiny'
         cfg = replace(cfg, out_dir=f'out/{origin}-{cfg.task}')
     pre_training = 'dataset', 'meta_rate', 'meta_placement'
     cfg, checkpoint, out_dir = open_run(cfg, given, MODEL_KEYS + pre_training,

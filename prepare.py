@@ -46,8 +46,8 @@ def inject_meta_tokens(text, n_meta, meta_id, rng, placement='random'):
 
     tokens = np.full((B, T + 1), meta_id, dtype=np.int64)
     tokens[~is_meta] = text.ravel()                  # row by row: the text keeps its order
-    idx = tokens[:, :-1].copy()
-    targets = np.where(is_meta, -1, tokens)[:, 1:].copy()
+    idx, targets = tokens[:, :-1].copy(), tokens[:, 1:].copy()
+    targets[is_meta[:, 1:]] = -1
     return idx, targets
 
 
@@ -58,7 +58,9 @@ def meta_count(block_size, meta_rate):
 
 def meta_every(meta_rate):
     """Text tokens from one meta-token to the next at this rate; 0: there are none."""
-    return max(round(1 / meta_rate) - 1, 1) if meta_rate else 0
+    if not meta_rate:
+        return 0
+    return max(round(1 / meta_rate) - 1, 1)
 
 
 def with_meta_tokens(ids, every, meta_id):
@@ -99,7 +101,8 @@ class Blocks:
         text = np.empty((n_rows, self.chunk + 1), dtype=np.int64)
         for b in range(n_rows):
             epoch, place = divmod(first_row + b, self.n_chunks)
-            start = int(self.permutation(epoch)[place]) * self.chunk
+            chunk = self.permutation(epoch)[place]
+            start = int(chunk) * self.chunk
             text[b] = self.tokens[start:start + self.chunk + 1]
         rng = np.random.default_rng([self.seed, first_row, 1])  # 1: not the permutations' stream
         return inject_meta_tokens(text, self.n_meta, self.meta_id, rng, self.placement)
@@ -226,15 +229,18 @@ def local_files(source):
     if source == 'stdlib':
         root = Path(sysconfig.get_paths()['stdlib'])
         skip = {'test', 'tests', 'idle_test', 'site-packages', 'dist-packages'}
-        return [p for p in sorted(root.rglob('*.py')) if not skip & set(p.relative_to(root).parts)]
+        below = sorted(root.rglob('*.py'))
+        return [p for p in below if not skip & set(p.relative_to(root).parts)]
     if path.is_dir():
-        below = [p for p in sorted(path.rglob('[!.]*')) if p.is_file()]
-        below = [p for p in below if '/.' not in f'/{p.relative_to(path).as_posix()}']
+        below = [p for p in sorted(path.rglob('*')) if p.is_file()]
+        below = [p for p in below if not is_hidden(p, path)]
         found = [p for p in below if p.name.endswith(KINDS)]
         if 0 < len(found) < len(below):
             print(f'{len(below) - len(found)} files of other kinds are left out; read: {kinds}')
     else:
-        found = [path] if path.exists() else sorted(map(Path, glob.glob(source, recursive=True)))
+        found = [path]
+        if not path.exists():
+            found = [Path(name) for name in sorted(glob.glob(source, recursive=True))]
     found = [p for p in found if p.is_file() and p.stat().st_size]
     if not found:
         raise UserError(f'--source={source}: nothing there to read (a file, a folder or a glob of '
@@ -243,6 +249,11 @@ def local_files(source):
         if not p.name.endswith(KINDS):
             raise UserError(f'{p}: unknown kind of file; these are read: {kinds}')
     return found
+
+
+def is_hidden(path, root):
+    """Whether path is, or is in, a file or folder below root whose name begins with a dot."""
+    return any(part.startswith('.') for part in path.relative_to(root).parts)
 
 
 def read_file(path, column='text'):
@@ -395,9 +406,11 @@ def encode_documents(tok, split, texts):
     for text in texts:
         places = [split]
         if split is None:  # by a hash of the text: the same documents in every run
-            held_out = zlib.crc32(text.encode('utf-8', 'replace')) % HELD_OUT == 0
+            crc32 = zlib.crc32(text.encode('utf-8', 'replace'))
+            held_out = crc32 % HELD_OUT == 0
             places = ['val', 'train'] if held_out else ['train', 'val']
-        documents.append((places, np.append(encode(tok, text), np.uint16(tok.eot_token))))
+        end = np.uint16(tok.eot_token)
+        documents.append((places, np.append(encode(tok, text), end)))
     return documents
 
 
@@ -446,12 +459,15 @@ def write_tokens(cfg, tok, parts, folder):
                 tokens = tokens[len(part):]
     share = n['val'] / max(n['train'] + n['val'], 1)
     by_chance = parts[0][0] is None and n != most and not 0.01 < share < 0.3
-    return hold_out_the_end(folder) if min(n.values()) < 2 or by_chance else n
+    if min(n.values()) < 2 or by_chance:
+        return hold_out_the_end(folder)
+    return n
 
 
 def hold_out_the_end(folder):
     """Makes the last tenth of all tokens val.bin, where too few or too many were held out."""
-    tokens = np.concatenate([np.fromfile(folder / f'{s}.bin', '<u2') for s in ('train', 'val')])
+    parts = [np.fromfile(folder / f'{split}.bin', '<u2') for split in ('train', 'val')]
+    tokens = np.concatenate(parts)
     n_val = max(len(tokens) // 10, 2)
     if len(tokens) < n_val + 2:
         raise UserError(f'{len(tokens)} tokens are too little text')
@@ -479,7 +495,8 @@ def prepare(cfg):
             n = write_tokens(cfg, tok, parts, Path(partial))
             about = {'tokenizer': cfg.tokenizer, 'source': cfg.source}
             for split, count in n.items():
-                crc32 = zlib.crc32(np.memmap(Path(partial, f'{split}.bin'), 'uint8', 'r'))
+                data = np.memmap(Path(partial, f'{split}.bin'), 'uint8', 'r')
+                crc32 = zlib.crc32(data)
                 about[split] = {'tokens': count, 'crc32': crc32}
             Path(partial, 'data.json').write_text(json.dumps(about, indent=2) + '\n')
             if (folder / 'train.bin').exists() and not cfg.overwrite:
