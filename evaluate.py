@@ -658,8 +658,8 @@ def draw_sharpening(results, changes):
     for r in results:
         if r['against'] == 'zeroed embeddings':
             total = r['mean'], r['low'], r['high']
-            word = verdict(total, 'falls', 'moves, not resolved,', 'rises')
-            axes[r['of']].set_title(f"the {r['of']} {word} by {abs(r['mean']):.2f}")
+            word = verdict(total, 'lowered', 'not moved (as far as resolved)', 'raised')
+            axes[r['of']].set_title(f"at text tokens the {r['of']} is {word}")
     for measure, ax in axes.items():
         unit = ' (nats)' if measure == 'entropy' else ''
         ax.axvline(0, color='0.5', lw=1)

@@ -387,7 +387,7 @@ CLAIMS = [
     *against('meta', 'pause', 'Meta-attention helps beyond its tokens'),
     *against('meta', 'same-size', 'It helps beyond its parameters'),
     *against('pause', 'gpt2', 'Its tokens alone help'),
-    *[Claim(f'The same with --markers={where}', 'markers',
+    *[Claim(f'With --markers={where}, meta is better than gpt2 (64 tokens)', 'markers',
             AT_64 | dict(model='meta', markers=where), AT_64 | dict(model='gpt2', markers=where))
       for where in ('random', 'none', 'end')],
     Claim('Zeroing the position at meta-tokens helps (Table 2; 128 tokens)', 'recall',
