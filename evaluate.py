@@ -16,9 +16,10 @@ eval/ beside the checkpoint (beside the first, where there are several).
 """
 import codecs, json, math, re, sys, zlib
 from collections import Counter
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
-from itertools import islice, product
+from itertools import islice, pairwise, product
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -30,10 +31,10 @@ import torch.nn.functional as F
 from finetune import TASKS, collate, examples, grade, markers_of, to_ids, width_for
 from model import GPT, stream
 from prepare import (Blocks, Positive, UserError, encode, inject_meta_tokens, load_data,
-                     local_files, meta_count, meta_every, naming, parse_config, read_file,
-                     run_script, token_bytes)
-from train import (Machine, build_model, encode_prompt, get_tokenizer, load_checkpoint,
-                   new_figure, printable, replace_file)
+                     local_files, meta_count, naming, parse_config, read_file, run_script,
+                     token_bytes)
+from train import (Machine, build_model, encode_prompt, generation_meta_every, get_tokenizer,
+                   load_checkpoint, new_figure, printable, replace_file)
 
 # ------------------------------------------------------------------------------
 # What the sub-commands share
@@ -304,11 +305,13 @@ def perplexity(argv):
         T = cfg.block_size or m.model.config.block_size
         for n_meta in sorted({0, meta_count(T, m.trained['meta_rate'])}):
             runs.append((m, make_window(cfg, m, T, n_meta)))
-    results = [measure_perplexity(cfg, m, window, machine) for m, window in runs]
-    report_perplexity(results, cfg.text)
+    # What can be recalled must be the same in all rows: text that every window still holds.
+    reach = min(window.T - window.n_meta - window.stride for _, window in runs)
+    results = [measure_perplexity(cfg, m, window, machine, reach) for m, window in runs]
+    report_perplexity(results, cfg.text, reach)
     name = Path(cfg.text).stem.replace('*', '') or 'text'
     write_results(cfg.ckpt, f'perplexity-{name}', dict(settings=asdict(cfg), results=results),
-                  draw_perplexity(results, cfg))
+                  draw_perplexity(results))
 
 
 def make_window(cfg, m, T, n_meta):
@@ -330,8 +333,8 @@ def read_documents(text, tok, max_tokens):
     if Path('data', name, 'val.bin').exists():
         data = load_data(name)
         if data.tok.name != tok.name:
-            raise UserError(f'--text={text} holds tokens of {data.tok.name}, the model knows those '
-                            f'of {tok.name}')
+            raise UserError(f'{text} holds tokens of {data.tok.name}, the model knows those of '
+                            f'{tok.name}: name another text with --text=')
         documents = [data.val]
     else:
         try:
@@ -349,29 +352,26 @@ def read_documents(text, tok, max_tokens):
     return documents
 
 
-def window_losses(model, tokens, window, batch_size, machine):
+def window_losses(model, tokens, window, batch_size, machine, rng):
     """
     Slides a window over a document, tokens (n,). Each window scores the tokens that the one before
     it did not reach, the first one all. So each token but the first is scored once.
 
     Yields, a batch of windows at a time, three arrays (B, T): nats, the loss at every position, nan
-    where it predicts no text token; scored; and seen, whether the target completes a bigram that
-    stands earlier in the window.
+    where it predicts no text token; scored; and the target's place among tokens. rng places the
+    meta-tokens.
     """
     W, last, meta_id = window.T - window.n_meta, len(tokens) - 1, model.config.meta_id
     last_start = max(last - W, 0)
     starts = np.array([*range(0, last_start, window.stride), last_start])
     reached = np.concatenate(([0], starts[:-1] + W))                # the last token scored before
-    rng = np.random.default_rng(0)
     for n in range(0, len(starts), batch_size):
         some = slice(n, n + batch_size)
         start, before = starts[some, None], reached[some, None]     # (B, 1)
         places = start + np.arange(W + 1)                           # (B, W + 1)
         text = tokens[np.minimum(places, last)]                     # (B, W + 1)
         idx, targets = inject_meta_tokens(text, window.n_meta, meta_id, rng, window.placement)
-        place = (idx != meta_id).cumsum(axis=1)                     # (B, T): the target's, in text
-        seen = np.take_along_axis(seen_bigrams(text), place, axis=1)
-        token = start + place                                       # (B, T): in the document
+        token = start + (idx != meta_id).cumsum(axis=1)             # (B, T): the target's place
         valid = (targets >= 0) & (token > start) & (token <= last)
         idx, targets = machine.to_device(idx, targets)
         nats = []
@@ -381,22 +381,19 @@ def window_losses(model, tokens, window, batch_size, machine):
                 logits = model.lm_head(row).float()                 # (T, vocab_size)
                 nats.append(F.cross_entropy(logits, wanted, ignore_index=-1, reduction='none'))
         nats = torch.stack(nats).cpu().numpy().astype(float)        # (B, T)
-        yield np.where(valid, nats, np.nan), valid & (token > before), seen
+        yield np.where(valid, nats, np.nan), valid & (token > before), token
 
 
-def seen_bigrams(text):
-    """text (B, n) -> (B, n) bool: does a token, and the one before it, stand earlier in the row?"""
-    before, after = text[:, :-1], text[:, 1:]
-    bigrams = before * 2 ** 20 + after                              # (B, n - 1)
-    seen = np.ones(text.shape, dtype=bool)
-    seen[:, 0] = False
-    for b, row in enumerate(bigrams):
-        _, first = np.unique(row, return_index=True)
-        seen[b, first + 1] = False
+def seen_bigrams(tokens, reach):
+    """tokens (n,) -> (n,) bool: did a token, with the one before it, stand in the last `reach`?"""
+    seen, last = np.zeros(len(tokens), dtype=bool), {}
+    for t, pair in enumerate(pairwise(tokens.tolist()), start=1):
+        seen[t] = pair in last and t - last[pair] < reach
+        last[pair] = t
     return seen
 
 
-def measure_perplexity(cfg, m, window, machine):
+def measure_perplexity(cfg, m, window, machine, reach):
     """The row of the table for one model and window."""
     from tqdm import tqdm
     documents, bytes_of = read_documents(cfg.text, m.tok, cfg.max_tokens), token_bytes(m.tok)
@@ -405,12 +402,15 @@ def measure_perplexity(cfg, m, window, machine):
     n_windows = 0
     nats, n_seen = np.zeros(2), np.zeros(2)                         # of new and of seen bigrams
     by_position = np.zeros((2, window.T))                           # sums and counts
+    rng = np.random.default_rng(0)
     with tqdm(total=n_tokens, unit=' tokens', unit_scale=True, desc=m.name, leave=False) as bar:
         for ids in documents:
-            for losses, scored, seen in window_losses(m.model, ids, window, cfg.batch_size,
-                                                      machine):
-                nats += np.bincount(seen[scored], losses[scored], 2)
-                n_seen += np.bincount(seen[scored], minlength=2)
+            again = seen_bigrams(ids, reach)
+            for losses, scored, token in window_losses(m.model, ids, window, cfg.batch_size,
+                                                       machine, rng):
+                kind = again[token[scored]].astype(int)
+                nats += np.bincount(kind, losses[scored], 2)
+                n_seen += np.bincount(kind, minlength=2)
                 n_windows += len(losses)
                 counted = ~np.isnan(losses)
                 by_position += np.nansum(losses, axis=0), counted.sum(axis=0)
@@ -418,41 +418,47 @@ def measure_perplexity(cfg, m, window, machine):
     total = float(nats.sum())
     if not math.isfinite(total):
         raise UserError(f'the loss of {m.name} is {total}: its weights are damaged')
-    new, seen = nats / n_seen.clip(1)
-    buckets = np.array_split(by_position, cfg.n_buckets, axis=1)
-    means = [sums.sum() / counts.sum() for sums, counts in buckets if counts.any()]
+    new, seen = [float(x / n) if n else None for x, n in zip(nats, n_seen)]
+    positions, perplexities = [], []
+    for part in np.array_split(np.arange(window.T), cfg.n_buckets):
+        sums, counts = by_position[:, part].sum(axis=1)
+        if counts:
+            positions.append(part.mean())
+            perplexities.append(math.exp(sums / counts))
     return dict(model=m.name, n_meta=window.n_meta, meta_rate=window.n_meta / window.T,
                 block_size=window.T, stride=window.stride, windows=n_windows,
                 documents=len(documents), scored_tokens=n_tokens, nats=total / n_tokens,
                 perplexity=math.exp(total / n_tokens), bytes_per_token=n_bytes / n_tokens,
                 bits_per_byte=total / math.log(2) / n_bytes,
-                nats_new_bigram=float(new), nats_seen_bigram=float(seen),
-                share_seen=float(n_seen[1] / n_tokens),
-                perplexity_by_position=np.exp(means))
+                nats_new_bigram=new, nats_seen_bigram=seen, share_seen=float(n_seen[1] / n_tokens),
+                positions=positions, perplexity_by_position=perplexities)
 
 
-def report_perplexity(results, text):
+def report_perplexity(results, text, reach):
     print(f"tokens of {text}: {results[0]['documents']} documents, "
           f"{results[0]['bytes_per_token']:.2f} bytes a token; each is scored once, in the first "
           'window that reaches it\n')
+    table = []
+    for r in results:
+        halves = r['nats_seen_bigram'], r['nats_new_bigram']
+        halves = ['-' if nats is None else f'{nats:.4f}' for nats in halves]
+        table.append([r['model'], r['n_meta'], r['block_size'], r['stride'], f"{r['windows']:,}",
+                      f"{r['scored_tokens']:,}", f"{r['perplexity']:.4f}",
+                      f"{r['bits_per_byte']:.4f}", *halves])
     print(markdown(['model', 'meta-tokens a window', 'window', 'stride', 'windows', 'tokens scored',
                     'perplexity per token', 'bits per byte', 'nats: seen bigrams', 'new bigrams'],
-                   [[r['model'], r['n_meta'], r['block_size'], r['stride'], f"{r['windows']:,}",
-                     f"{r['scored_tokens']:,}", f"{r['perplexity']:.4f}",
-                     f"{r['bits_per_byte']:.4f}", f"{r['nats_seen_bigram']:.4f}",
-                     f"{r['nats_new_bigram']:.4f}"] for r in results]))
-    print(f"seen bigrams: {results[0]['share_seen']:.1%} of the tokens complete a pair of tokens "
-          'that stands earlier in the window, and can be recalled from there (Arora et al. 2023)')
+                   table))
+    print(f"seen bigrams: {results[0]['share_seen']:.1%} of the tokens complete a pair that stands "
+          f'in the {reach} tokens before, and can be recalled from there (Arora et al. 2023)')
 
 
-def draw_perplexity(results, cfg):
+def draw_perplexity(results):
     figure = new_figure(7, 4.5)
     ax = figure.subplots()
     for n, r in enumerate(results):
-        y = r['perplexity_by_position']
-        middle = (np.arange(len(y)) + 0.5) * r['block_size'] / cfg.n_buckets
         words = 'with' if r['n_meta'] else 'without'
-        ax.plot(middle, y, label=f"{r['model']}, {words} meta-tokens", **line_style(n))
+        ax.plot(r['positions'], r['perplexity_by_position'],
+                label=f"{r['model']}, {words} meta-tokens", **line_style(n))
     best = min(results, key=lambda r: r['perplexity'])
     words = 'with' if best['n_meta'] else 'without'
     ax.set(xlabel='position in the window', ylabel='perplexity of text tokens',
@@ -507,11 +513,10 @@ def look_inside(model, idx, zero_meta=None):
         x, rope, is_meta, *_ = args
         seen.append(Seen(block, x, rope, is_meta, output))
 
-    hooks = [block.register_forward_hook(look) for block in model.transformer.h]
-    with torch.no_grad():
+    with ExitStack() as hooks, torch.no_grad():
+        for block in model.transformer.h:
+            hooks.enter_context(block.register_forward_hook(look))
         model.hidden(idx, zero_meta)
-    for hook in hooks:
-        hook.remove()
     return seen
 
 
@@ -610,6 +615,8 @@ def measure_sharpening(model, idx):
     for reading in READINGS:
         if reading == IN_META and not model.config.meta_attn:
             continue
+        if reading != AT_TEXT and (idx == meta_id).sum() <= len(idx):
+            continue                                                # none but the first of a row
         as_is = [sharpness(model, row, reading) for row in idx]
         as_is = np.stack(as_is)                                     # (n_rows, L, n_head, n, 2)
         others = {'zeroed embeddings': [sharpness(model, row, reading, 'embedding') for row in idx]}
@@ -819,7 +826,7 @@ def shown_token(tok, i):
 @dataclass
 class AttentionConfig:
     ckpt: str = 'out/tiny-list_recall/best.pt'  # one fine-tuned checkpoint, or several with commas
-    prompt: str = ''             # with · for meta-tokens and ⏎ for new lines; empty: a held-out one
+    prompt: str = ''             # · is a meta-token, ⏎ a new line; empty: a held-out prompt
     length: Positive = 40        # of the held-out prompt, in tokens
     device: str = 'auto'         # auto | cpu | cuda | mps
 
@@ -827,7 +834,8 @@ class AttentionConfig:
 def show_attention(argv):
     """
     What the token that predicts the answer attends to in each block, and what the meta-tokens
-    attend to among themselves. Means over the heads.
+    attend to among themselves. Means over the heads. In a model that was taught to answer in bytes
+    this token is the space in front of the answer, which is put behind the prompt.
     """
     cfg, _ = parse_config(AttentionConfig, argv=argv, doc=show_attention.__doc__)
     models = load_models(cfg.ckpt, Machine(cfg.device, 'float32'))
@@ -846,7 +854,9 @@ def show_attention(argv):
 def prompt_to_look_at(cfg, m):
     """The ids of a prompt, up to the token that predicts the answer: in bytes, its space."""
     task = m.trained.get('task', 'list_recall')
-    space = m.tok.encode_ordinary(' ') if m.tok.name == 'bytes' else []
+    space = []
+    if m.tok.name == 'bytes' and 'task' in m.trained:
+        space = m.tok.encode_ordinary(' ')
     if cfg.prompt:
         return to_ids(cfg.prompt.replace('⏎', '\n'), m.tok) + space
     markers = markers_of(m.trained) if 'task' in m.trained else 'task'
@@ -892,8 +902,9 @@ def draw_attention(results):
         ax.set_yticks(range(len(r['looked'])))
         ax.set(ylabel='block', title=f"{r['model']}: the last token looks most at {words[place]} "
                f"at {place}, in block {block} ({r['looked'][block, place]:.0%})")
-        if not len(r.get('among', [])) or not r['meta_at']:
-            below.text(0.5, 0.5, 'no meta-attention', ha='center')
+        if 'among' not in r or not r['meta_at']:
+            why = 'no meta-token in the prompt' if 'among' in r else 'no meta-attention'
+            below.text(0.5, 0.5, why, ha='center')
             continue
         labels = [f'· at {t}' for t in r['meta_at']]
         axes = below.subplots(1, len(r['among']), sharey=True, squeeze=False)[0]
@@ -1217,7 +1228,7 @@ def sample(argv):
     machine = Machine(cfg.device, cfg.dtype)
     m = load_one(cfg.ckpt, machine, with_meta_tokens=False)
     config, eot = m.model.config, m.tok.eot_token
-    every = cfg.meta_every if cfg.meta_every >= 0 else meta_every(m.trained['meta_rate'])
+    every = cfg.meta_every if cfg.meta_every >= 0 else generation_meta_every(m.trained)
     m.model.meta_every = every
     idx, n_new = encode_prompt(cfg.prompt, m.model, m.tok), cfg.max_new_tokens
     if config.pos == 'ape' and 'max_new_tokens' not in given:  # its positions end

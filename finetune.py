@@ -397,12 +397,13 @@ def main():
         raise UserError(f'there is no {cfg.init_from} yet: make it with  python train.py  (2 '
                         'minutes), name a checkpoint, or say --init_from=scratch')
     if not cfg.out_dir:
-        path = Path(cfg.init_from)
+        start = cfg.init_from
+        if start in ('resume', 'auto'):
+            start = PRESETS[cfg.preset].get('init_from', FinetuneConfig.init_from)
+        path = Path(start).resolve()
         origin = path.name  # of 'scratch', 'gpt2' or a folder
-        if path.suffix:
-            origin = path.resolve().parent.name
-        if cfg.init_from == 'resume':
-            origin = 'tiny'
+        if path.suffix and not path.is_dir():
+            origin = path.parent.name
         cfg = replace(cfg, out_dir=f'out/{origin}-{cfg.task}')
     pre_training = 'dataset', 'meta_rate', 'meta_placement'
     cfg, checkpoint, out_dir = open_run(cfg, given, MODEL_KEYS + pre_training,

@@ -317,7 +317,7 @@ def check_positions(config, n):
 
 
 def check_config(c):
-    if c.n_embd % c.n_head:
+    if c.n_head < 1 or c.n_embd % c.n_head:
         raise ValueError(f'n_head={c.n_head} heads do not divide n_embd={c.n_embd}')
     if c.pos not in ('rope', 'ape', 'none'):
         raise ValueError(f"pos={c.pos!r} is none of 'rope', 'ape', 'none'")

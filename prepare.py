@@ -327,6 +327,8 @@ def naming(where, documents):
 def said(error):
     """The first line of what an error says."""
     text = str(error).strip()
+    if type(error).__name__ == 'UnpicklingError':  # whose advice is to execute the file
+        return 'it holds more than weights, or is no file of torch'
     if not isinstance(error, (UserError, AssertionError)):
         text = f'{type(error).__name__}: {text}'
     return text.splitlines()[0] if text else type(error).__name__
@@ -552,8 +554,9 @@ def run_script(main):
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and 'allocate' not in str(error):
             raise
-        text = (f'out of memory ({said(error)}): lower --batch_size, and in training raise '
-                '--gradient_accumulation_steps as much')
+        text = f'out of memory ({said(error)}): lower the sizes'
+        if script in ('train.py', 'finetune.py'):
+            text += ', first --batch_size, and raise --gradient_accumulation_steps as much'
     rank = os.environ.get('RANK', '0')  # of a process under torchrun
     text = f"{script}{'' if rank == '0' else f' (rank {rank})'}: {text}"
     print(text, file=sys.stderr)
@@ -569,12 +572,13 @@ RANGES = {int: (0, 2 ** 53), Positive: (1, 2 ** 53), float: (0, math.inf), Share
 
 
 # What other programs call our settings.
-ELSEWHERE = dict(lr='learning_rate', wd='weight_decay', steps='max_iters', epochs='max_iters',
-                 iters='max_iters', seq_len='block_size', context_length='block_size',
-                 resume='init_from', checkpoint='init_from ckpt', ckpt='init_from',
-                 model='init_from ckpt', data='dataset source', input='source text',
-                 output='out_dir name', accumulation='gradient_accumulation_steps', layers='n_layer',
-                 heads='n_head', hidden_size='n_embd', warmup='warmup_iters', length='train_length')
+ELSEWHERE = dict(
+    lr='learning_rate', wd='weight_decay', warmup='warmup_iters', bs='batch_size',
+    steps='max_iters', epochs='max_iters', iters='max_iters', seq_len='block_size',
+    context_length='block_size', layers='n_layer', heads='n_head', hidden_size='n_embd',
+    resume='init_from=resume', checkpoint='init_from ckpt', ckpt='init_from',
+    model='init_from ckpt', data='dataset source', input='source text', output='out_dir name',
+    accumulation='gradient_accumulation_steps', length='train_length', n_samples='num_samples')
 
 
 def parse_config(cls, presets={}, argv=None, doc=''):
@@ -593,12 +597,14 @@ def parse_config(cls, presets={}, argv=None, doc=''):
         key, equals, text = word.removeprefix('--').partition('=')
         if key not in settings or not word.startswith('--'):
             key = key.lstrip('-')
-            near = [name for name in ELSEWHERE.get(key, '').split() if name in settings]
+            near = [name for name in ELSEWHERE.get(key, '').split()
+                    if name.split('=')[0] in settings]
             near += difflib.get_close_matches(key, settings, n=1, cutoff=0.6)
             hint = f'did you mean --{near[0]}?' if near else '-h lists the settings'
             raise UserError(f'unknown setting {word!r}; {hint}')
         text = text if equals else next(words, '--')
-        if text.startswith('--'):
+        next_key, *_ = text.removeprefix('--').split('=')
+        if text == '--' or text.startswith('--') and (next_key in settings or not equals):
             raise UserError(f'--{key} needs a value: --{key}=...')
         given[key] = read_value(settings[key], text, choices_of(settings[key], presets))
     return replace(cls(), **presets.get(given.get('preset'), {}) | given), given
@@ -625,7 +631,9 @@ def read_value(setting, text, choices):
     if choices and text not in choices:
         raise UserError(f"--{key}={text} must be {' or '.join(choices)}")
     if kind not in RANGES:
-        return text == 'True' if kind is bool else os.path.expanduser(text)
+        if kind is bool:
+            return text == 'True'
+        return os.path.expanduser(text) if text.startswith('~/') else text
     (low, end), whole = RANGES[kind], kind in (int, Positive)
     low = min(low, setting.default)  # a default below the range, such as -1, is allowed
     try:

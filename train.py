@@ -257,7 +257,7 @@ class Pretraining:
 
     def sample(self, model, n_samples=3, n_tokens=300):
         """New documents by the model, within its block size; their meta-tokens are left out."""
-        device, every = self.machine.device, meta_every(self.cfg.meta_rate)
+        device, every = self.machine.device, generation_meta_every(asdict(self.cfg))
         text_share = every / (every + 1) if every else 1
         room = max(int(text_share * (self.cfg.block_size - 2)), 1)
         start = torch.full((n_samples, 1), self.tok.eot_token, device=device)
@@ -271,7 +271,9 @@ class Pretraining:
         return 'three samples:\n' + '\n---\n'.join(texts) + '\n'
 
     def next_steps(self, out_dir):
-        return (f'        teach it to recall: python finetune.py --init_from={out_dir}/best.pt\n'
+        preset = '' if self.cfg.preset == 'tiny' else f' --preset={self.cfg.preset}'
+        return (f'        teach it to recall: python finetune.py --init_from={out_dir}/best.pt'
+                f'{preset}\n'
                 f'        let it write: python evaluate.py sample --ckpt={out_dir}/best.pt')
 
 
@@ -570,8 +572,15 @@ def load_model(path):
     """
     checkpoint = load_start(path)
     model = build_model(checkpoint['model_args'], checkpoint['model']).eval()
-    model.meta_every = meta_every(checkpoint['config'].get('meta_rate', 0))
+    model.meta_every = generation_meta_every(checkpoint['config'])
     return model, get_tokenizer(checkpoint['tokenizer'])
+
+
+def generation_meta_every(settings):
+    """How often generation puts in a meta-token, as in training; 0 where they stood in front."""
+    if settings.get('meta_placement') == 'start':
+        return 0
+    return meta_every(settings.get('meta_rate', 0))
 
 
 def encode_prompt(text, model, tok):
@@ -590,6 +599,9 @@ def load_start(source):
 
 GPT2 = 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'
 WEIGHTS = 'pytorch_model.bin', 'model.safetensors'
+THEIR_CONFIG = dict(  # what their config.json must say, where it says it: other models differ there
+    model_type='gpt2', activation_function='gelu_new', layer_norm_epsilon=1e-5,
+    scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
 
 
 def is_gpt2(source):
@@ -613,7 +625,8 @@ def load_gpt2(source):
     try:
         if path.with_name('config.json').is_file():
             about = json.loads(path.with_name('config.json').read_text())
-        assert about.get('model_type', 'gpt2') == 'gpt2', f"it is a {about['model_type']}"
+        for key, value in THEIR_CONFIG.items():
+            assert about.get(key, value) == value, f'its {key} is {about[key]}, and not {value}'
         if zipfile.is_zipfile(path):
             check_unpacked_size(path)
         theirs = load_state_dict_from_file(path, 'cpu', weights_only=True, safe=False)
@@ -640,18 +653,21 @@ def from_hugging_face(theirs, about):
         name = 'transformer.' + name.removeprefix('transformer.')
         if name.endswith(('.attn.c_attn.weight', '.c_proj.weight', '.c_fc.weight')):
             w = w.t()                                          # they are stored as (in, out)
-        if not name.endswith(('.attn.bias', '.attn.masked_bias', 'lm_head.weight')):
-            weights[name] = w.float().contiguous()             # masks; lm_head is tied to wte
+        if not name.endswith(('.attn.bias', '.attn.masked_bias')):  # which are masks
+            weights[name] = w.float().contiguous()
     wte, wpe = weights['transformer.wte.weight'], weights['transformer.wpe.weight']
     n_tokens, n_embd = wte.shape
     assert n_tokens == meta_id, f'it has {n_tokens} tokens, and GPT-2 has {meta_id}'
+    lm_head = weights.pop('transformer.lm_head.weight', wte)
+    assert torch.equal(lm_head, wte), 'its lm_head differs from its wte'
+    n_head = about.get('n_head', n_embd // 64)
+    assert type(n_head) is int and n_head > 0, f'its n_head is {n_head}'
     new = wte.mean(dim=0).expand(vocab_size - n_tokens, n_embd)
     wte = torch.cat((wte, new))
     weights['transformer.wte.weight'] = weights['lm_head.weight'] = wte
     n_layer = len({name.split('.')[2] for name in weights if '.h.' in name})
-    model_args = dict(block_size=len(wpe), n_layer=n_layer, n_embd=n_embd,
-                      n_head=about.get('n_head', n_embd // 64), bias=True, pos='ape',
-                      meta_attn=False, gelu='tanh')
+    model_args = dict(block_size=len(wpe), n_layer=n_layer, n_embd=n_embd, n_head=n_head, bias=True,
+                      pos='ape', meta_attn=False, gelu='tanh')
     return weights, asdict(GPTConfig(**model_args))
 
 
@@ -670,7 +686,7 @@ def find_gpt2(source):
     except Exception as error:  # the network's errors have no common class
         raise UserError(f'{source} could not be downloaded ({type(error).__name__}): put '
                         f'config.json and {WEIGHTS[0]} of huggingface.co/{repo} into a folder, and '
-                        'say --init_from=FOLDER')
+                        'name that (--init_from=FOLDER)')
 
 
 def open_run(cfg, given, inherited, presets):
@@ -689,8 +705,9 @@ def open_run(cfg, given, inherited, presets):
     holds_run = saved or (out_dir / 'config.json').exists()
     auto = cfg.init_from == 'auto'
     if auto:
-        given = given | dict(init_from='resume' if saved else 'scratch')
-        cfg = replace(cfg, init_from=given['init_from'])
+        start = 'resume' if saved else presets[cfg.preset].get('init_from', type(cfg).init_from)
+        given = given | dict(init_from=start)
+        cfg = replace(cfg, init_from=start)
     resume = cfg.init_from == 'resume'
     if holds_run and not (resume or auto or cfg.overwrite or cfg.eval_only):
         go_on = 'it has no checkpoint yet'
@@ -700,6 +717,9 @@ def open_run(cfg, given, inherited, presets):
                         'replace it (--overwrite=True)')
     if cfg.init_from == 'scratch':
         return settle(cfg, given), None, out_dir
+    if is_gpt2(cfg.init_from) and out_dir.resolve() in (Path(cfg.init_from).resolve(),
+                                                        Path(cfg.init_from).resolve().parent):
+        raise UserError(f'--out_dir={out_dir} holds the weights: write elsewhere')
     path = Path(cfg.init_from)
     if resume:  # a run that was killed between its two files may have best.pt alone
         path = out_dir / (saved[0] if saved else 'ckpt.pt')
@@ -723,13 +743,15 @@ def open_run(cfg, given, inherited, presets):
 
 
 def settle(cfg, given):
-    """Refuses two given settings that contradict. A default min_lr makes way for a lower rate."""
+    """Refuses two given settings that contradict. Defaults make way: of min_lr, and of warm-up."""
     for low, high in (('min_lr', 'learning_rate'), ('warmup_iters', 'max_iters'),
                       ('warmup_iters', 'lr_decay_iters')):
         if low in given and getattr(cfg, low) > getattr(cfg, high) > 0:
             raise UserError(f'--{low}={given[low]} is above --{high}={getattr(cfg, high)}')
     if cfg.min_lr > cfg.learning_rate:
         cfg = replace(cfg, min_lr=cfg.learning_rate / 10)
+    if cfg.warmup_iters > cfg.max_iters:
+        cfg = replace(cfg, warmup_iters=cfg.max_iters // 10)
     return cfg
 
 

@@ -466,9 +466,12 @@ def markdown(head, lines):
 
 
 def values_of(rows, key, experiment):
-    """The values of a key in the rows of an experiment, in their order."""
-    return list(dict.fromkeys(row[key] for row in rows
-                              if row['experiment'] == experiment and key in row))
+    """The values of a key in an experiment's rows, in their order; models, in that of MODELS."""
+    values = dict.fromkeys(row[key] for row in rows
+                           if row['experiment'] == experiment and key in row)
+    if key == 'model':
+        return [model for model in MODELS if model in values]
+    return list(values)
 
 
 def draw_table(rows, table):

@@ -249,18 +249,19 @@ def test_window_losses_are_the_slow_ones(n_meta, T, stride, n):
     torch.manual_seed(0)
     config = GPTConfig(block_size=T, vocab_size=64, n_layer=2, n_head=2, n_embd=16, meta_id=60)
     model, W = GPT(config).eval(), T - n_meta
-    tokens = np.random.default_rng(0).integers(0, 6, n)   # few, so that pairs of them come again
+    tokens = np.random.default_rng(0).integers(0, 60, n)
     window, seen, total = Window(T, n_meta, stride, 'random'), [], 0.0
-    n_repeated = 0
-    for nats, scored, repeated in evaluate.window_losses(model, tokens, window, 3, MACHINE):
+    rng, places = np.random.default_rng(0), []
+    for nats, scored, token in evaluate.window_losses(model, tokens, window, 3, MACHINE, rng):
         assert nats.shape == scored.shape and not np.isnan(nats[scored]).any()
-        n_repeated += repeated[scored].sum()
+        places += token[scored].tolist()
         assert (~np.isnan(nats)).sum(axis=1).max() <= W
         seen.append(scored.sum())
         total += nats[scored].sum()
     assert sum(seen) == n - 1 and seen[0] >= min(W, n - 1)
 
-    rng, expected, reached, n_expected = np.random.default_rng(0), 0.0, 0, 0
+    assert places == list(range(1, n))
+    rng, expected, reached = np.random.default_rng(0), 0.0, 0
     for start in window_starts(n - 1 - W, stride):
         beyond = max(start + W + 1 - n, 0)
         text = np.append(tokens[start:start + W + 1], np.full(beyond, tokens[-1]))
@@ -272,11 +273,44 @@ def test_window_losses_are_the_slow_ones(n_meta, T, stride, n):
             if text_follows and max(reached, start) < place + 1 < n:
                 logits = model(torch.from_numpy(idx[None, :t + 1]))[0][0, 0]
                 expected -= logits.log_softmax(-1)[tokens[place + 1]].item()
-                earlier = list(pairwise(tokens[start:place + 1]))
-                n_expected += (tokens[place], tokens[place + 1]) in earlier
         reached = min(start + W, n - 1)
     assert reached == n - 1 and total == pytest.approx(expected, rel=1e-4)
-    assert n_repeated == n_expected
+
+
+@pytest.mark.parametrize('reach', [0, 1, 2, 7, 1000])
+def test_seen_bigrams(reach):
+    tokens = np.random.default_rng(0).integers(0, 6, 200)
+    pairs = list(pairwise(tokens))                              # pairs[t - 1] ends with token t
+    expected = [False]
+    for t in range(1, 200):
+        first = max(t - reach, 0)                               # of the tokens in reach
+        expected.append(pairs[t - 1] in pairs[first:t - 1])
+    assert evaluate.seen_bigrams(tokens, reach).tolist() == expected
+    assert sum(expected) == pytest.approx({0: 0, 1: 0, 2: 3, 7: 26, 1000: 164}[reach], abs=8)
+
+
+def test_recalled_tokens_are_the_same_in_all_rows(trained, perplexity, tmp_path):
+    (tmp_path / 'a.txt').write_text('abcdefgh' * 40)
+    results, out = perplexity('--text=a.txt', name='a')
+    assert results[0]['n_meta'] != results[1]['n_meta']
+    for r in results:
+        assert r['share_seen'] == results[0]['share_seen'] > 0.8
+        n_seen, n_new = r['share_seen'] * 319, (1 - r['share_seen']) * 319
+        total = n_seen * r['nats_seen_bigram'] + n_new * r['nats_new_bigram']
+        assert total == pytest.approx(319 * r['nats'])
+    (tmp_path / 'b.txt').write_text('abcdefgh')
+    results, out = perplexity('--text=b.txt', name='b')
+    assert results[0]['nats_seen_bigram'] is None and '| - |' in out
+
+
+def test_each_document_has_meta_tokens_of_its_own(trained, perplexity, tmp_path):
+    """Short documents all had the places of the first: in front of the first one, never."""
+    lines = [json.dumps({'text': 'abcdefgh'}) for _ in range(30)]
+    (tmp_path / 'short.jsonl').write_text('\n'.join(lines))
+    without, with_them = perplexity('--text=short.jsonl', name='short')[0]
+    assert without['nats'] != with_them['nats']
+    (tmp_path / 'one.jsonl').write_text(lines[0])
+    assert perplexity('--text=one.jsonl', name='one')[0][1]['nats'] != with_them['nats']
 
 
 def window_starts(last, stride):
@@ -442,6 +476,8 @@ def test_the_picture_of_attention(inside, refused, trained, tmp_path, monkeypatc
     printed = inside('evaluate.py', 'attention', '--device=cpu', prompt).out
     assert 'Z:␣n␣v·⏎·Item␣2␣of␣Z?␣' in printed  # the space predicts the answer
     results, = read_json(tmp_path / 'out/tiny-list_recall/eval/attention.json')
+    plain = inside('evaluate.py', 'attention', '--ckpt=out/tiny/best.pt', '--prompt=def f').out
+    assert plain.startswith('def␣f\n')  # it was taught no answers
     model = evaluate.load_one(ckpt, MACHINE).model
     ids = finetune.to_ids('Z: n v·\n·Item 2 of Z? ', get_tokenizer('bytes'))
     causal, meta = evaluate.attention(model, torch.tensor([ids]))
@@ -492,6 +528,22 @@ def slow_sharpness(model, ids, zero_meta=None):
         entropy = -sum(float(x) * math.log(x) for x in p[t] if x > 0)
         found.append((entropy, max(logits[t].tolist())))
     return np.mean(found, axis=0)
+
+
+def test_a_single_meta_token_has_no_readings_of_its_own():
+    """The first one of a row is left out, as its row of meta-attention has one key."""
+    idx = torch.randint(60, (4, 20), generator=torch.Generator().manual_seed(0))
+    idx[:, 0] = 60
+    results = evaluate.measure_sharpening(random_model(), idx)
+    assert {r['reading'] for r in results} == {evaluate.AT_TEXT}
+    assert all(np.isfinite(r['mean']) for r in results)
+
+
+def test_looking_inside_leaves_no_hooks():
+    model = random_model(pos='ape')
+    with pytest.raises(ValueError, match='end at'):
+        evaluate.attention(model, torch.zeros(1, 40, dtype=torch.long))
+    assert not any(block._forward_hooks for block in model.transformer.h)
 
 
 @pytest.mark.parametrize('reading', evaluate.READINGS)

@@ -175,6 +175,35 @@ def test_a_run_and_its_exact_resume(inside, gpt2, words, tmp_path):
     assert len(inside('evaluate.py', 'sample', '--ckpt=out/a/best.pt', '--max_new_tokens=5').out)
 
 
+def test_auto_starts_from_gpt2_and_goes_on(inside, refused, gpt2, words, tmp_path, monkeypatch):
+    monkeypatch.setitem(train.PRESETS, 'gpt2', train.PRESETS['gpt2'] | dict(
+        init_from='weights/gpt2', dataset='words'))
+    start = '--preset=gpt2', '--init_from=auto', '--out_dir=out/a', *SHORT[1:]
+    inside('train.py', *start, '--max_iters=2')
+    assert torch.load(tmp_path / 'out/a/ckpt.pt', weights_only=True)['model_args']['n_embd'] == C
+    printed = inside('train.py', *start, '--max_iters=3').out
+    assert 'iter      3/3' in printed and 'iter      1/' not in printed
+
+
+def test_next_goes_on_with_the_preset(inside, gpt2, words):
+    start = '--dataset=words', '--init_from=weights/gpt2', '--out_dir=out/a', *SHORT
+    printed = inside('train.py', *start).out
+    assert 'python finetune.py --init_from=out/a/best.pt --preset=gpt2\n' in printed
+
+
+def test_a_run_shorter_than_the_presets_warm_up(inside, gpt2, words, tmp_path):
+    short = [word for word in SHORT if 'warmup' not in word and 'max_iters' not in word]
+    inside('train.py', '--dataset=words', '--init_from=weights/gpt2', *short, '--max_iters=20',
+           '--eval_interval=20', '--out_dir=out/a')
+    assert json.loads((tmp_path / 'out/a/config.json').read_text())['warmup_iters'] == 2
+
+
+def test_a_run_is_not_written_over_the_weights(refused, gpt2, words):
+    for source in 'weights/gpt2', 'weights/gpt2/pytorch_model.bin':
+        start = f'--init_from={source}', '--out_dir=weights/gpt2', '--overwrite=True'
+        assert 'holds the weights' in refused('train.py', '--dataset=words', *start)
+
+
 def test_plain_gpt2_trains_on(inside, gpt2, words, tmp_path):
     inside('train.py', '--dataset=words', '--init_from=weights/gpt2', *SHORT, '--out_dir=out/a',
            '--meta_attn=False', '--meta_rate=0')
@@ -229,7 +258,8 @@ class Evil:
     (lambda w: w.update({'wpe.weight': torch.zeros(T, C + 1)}), 'transformer.wpe.weight'),
     (lambda w: w.update({'wte.weight': torch.zeros(50400, C)}), '50400 tokens'),
     (lambda w: w.update({'more.weight': torch.zeros(3)}), 'transformer.more.weight'),
-    (lambda w: w.update({'evil': Evil()}), ''),
+    (lambda w: w.update({'evil': Evil()}), 'it holds more than weights'),
+    (lambda w: w.update({'lm_head.weight': torch.zeros(50257, C)}), 'lm_head differs'),
     (lambda w: w.clear(), 'wte.weight')])
 def test_weights_that_are_not_gpt2(refused, gpt2, tmp_path, damage, said):
     weights = random_gpt2()
@@ -240,8 +270,11 @@ def test_weights_that_are_not_gpt2(refused, gpt2, tmp_path, damage, said):
     assert not (tmp_path / 'evil').exists() and not (tmp_path / 'out').exists()
 
 
-@pytest.mark.parametrize('config', ['{"model_type": "llama"}', '[]', '{', '{"n_head": 5}',
-                                    '{"n_head": "x"}', '{"n_head": 0}'])
+@pytest.mark.parametrize('config', [
+    '{"model_type": "llama"}', '[]', '{', '{"n_head": 5}', '{"n_head": "x"}', '{"n_head": 0}',
+    '{"n_head": -4}', '{"n_head": 4.0}', '{"n_head": true}', '{"activation_function": "relu"}',
+    '{"layer_norm_epsilon": 0.1}', '{"scale_attn_weights": false}',
+    '{"scale_attn_by_inverse_layer_idx": true}'])
 def test_configs_that_are_not_gpt2(refused, gpt2, config):
     (gpt2 / 'config.json').write_text(config)
     assert 'holds no GPT-2' in refused('train.py', '--init_from=weights/gpt2')

@@ -1234,6 +1234,13 @@ def test_a_value_that_is_missing(words):
     assert complaint(*of_fast) == '--fast needs a value: --fast=...'
 
 
+def test_texts_that_begin_like_a_setting():
+    """After = any text is taken, unless it is a setting that stands where a value is missing."""
+    for text in '-- SQL', '--x', '--x=3', '-', '~':
+        assert parse(f'--word={text}')[0].word == text
+    assert parse('--word=~/books')[0].word == os.path.expanduser('~/books')
+
+
 @pytest.mark.parametrize('word, near', [
     ('--cuont=5', 'count'), ('--counts', 'count'), ('count=5', 'count'), ('-count=5', 'count'),
     ('count', 'count'), ('--Count=5', 'count'), ('---count=5', 'count'), ('--colour=red', 'color')])
@@ -1244,7 +1251,7 @@ def test_an_unknown_setting_names_the_nearest(word, near):
 
 @pytest.mark.parametrize('script, word, ours', [
     ('train.py', 'lr', 'learning_rate'), ('train.py', 'epochs', 'max_iters'),
-    ('train.py', 'resume', 'init_from'), ('finetune.py', 'seq_len', 'block_size'),
+    ('train.py', 'resume', 'init_from=resume'), ('finetune.py', 'seq_len', 'block_size'),
     ('prepare.py', 'data', 'source')])
 def test_what_other_programs_call_a_setting(refused, script, word, ours):
     assert f'did you mean --{ours}?' in refused(script, f'--{word}=1')

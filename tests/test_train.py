@@ -105,6 +105,15 @@ def numbers(row):
 # ------------------------------------------------------------------------------
 # A run from its first line to its last
 
+def test_a_sink_is_no_schedule(inside, tmp_path):
+    """A meta-token in front of each block, in training, is not one after so many tokens."""
+    inside('train.py', *SMALL, '--max_iters=1', '--warmup_iters=0', '--meta_rate=0.05',
+           '--meta_placement=start', '--out_dir=out/a')
+    model, tok = train.load_model(tmp_path / 'out/a/best.pt')
+    assert model.meta_every == 0
+    assert train.encode_prompt('a' * 40, model, tok).tolist() == [[97] * 40]
+
+
 def test_a_run(inside, tmp_path):
     args = '--max_iters=30', '--learning_rate=1e-2', '--lr_decay_iters=30', '--out_dir=out/a'
     out = inside('train.py', *SMALL, *args).out
@@ -734,6 +743,7 @@ def test_a_replaced_run_stays_until_there_is_a_new_one(inside, refused, tmp_path
     (['--learning_rate=nan'], '--learning_rate=nan'),
     (['--grad_clip=inf'], 'less than inf'),
     (['--lerning_rate=1'], 'did you mean --learning_rate'),
+    (['--resume=True'], 'did you mean --init_from=resume?'),
     (['--pos=alibi'], 'rope'),
     (['--preset=huge'], 'paper'),
     (['--batch_size=0'], '--batch_size=0 must be a whole number, 1 or more'),
@@ -825,7 +835,7 @@ def test_running_out_of_memory_is_told_in_one_line(refused, monkeypatch):
         raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB.\nmore')
     monkeypatch.setattr(train, 'fit', fit)
     line = refused('train.py', *SMALL)
-    assert 'lower --batch_size' in line and '2 GiB' in line
+    assert 'first --batch_size' in line and '2 GiB' in line
 
 
 def test_other_errors_of_the_device_are_shown_whole(refused, monkeypatch):
