@@ -4,6 +4,7 @@ Makes every number and picture of the README's experiments, from nothing.
     python assets/results.py                  # whatever is missing, two runs at a time
     python assets/results.py --list           # what there is, and how long the rest takes
     python assets/results.py --only=markers   # one experiment
+    python assets/results.py --draw           # README's tables and pictures, from what there is
     python assets/results.py --quick          # all of it, too short to mean anything -> out/quick
 
 Every run is a command line of the five files, and is printed. It trains under out/results, and is
@@ -638,11 +639,18 @@ def list_experiments(bench, names):
               f'{minutes / 2:4.0f} minutes left on two cores   {doc}')
 
 
+def measure_all(bench, todo):
+    with ThreadPoolExecutor(2) as pool:
+        for n, _ in enumerate(pool.map(bench.measure, todo), start=1):
+            print(f'{n} of {len(todo)} measured', flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--only', choices=EXPERIMENTS, help='one experiment')
     parser.add_argument('--list', action='store_true', help='what there is, and what is missing')
+    parser.add_argument('--draw', action='store_true', help='tables and pictures of what there is')
     parser.add_argument('--quick', action='store_true', help='short runs of one seed, in out/quick')
     args = parser.parse_args()
     os.chdir(ROOT)
@@ -650,9 +658,8 @@ def main():
     if args.list:
         return list_experiments(bench, names)
     todo = [m for name in names for m in measurements(bench, name) if not bench.has(m)]
-    with ThreadPoolExecutor(2) as pool:
-        for n, _ in enumerate(pool.map(bench.measure, todo), start=1):
-            print(f'{n} of {len(todo)} measured', flush=True)
+    if not args.draw:
+        measure_all(bench, todo)
     if not args.quick:
         readme = ROOT / 'README.md'
         text = fill(readme.read_text(), bench.rows)
