@@ -22,6 +22,7 @@ import numpy as np
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+from evaluate import markdown  # noqa: E402
 from train import new_figure, replace_file  # noqa: E402
 
 SEEDS = 1337, 1338, 1339, 1340, 1341
@@ -459,11 +460,6 @@ TABLES = {
 
 def in_points(x):
     return f'{100 * x:.1f}'
-
-
-def markdown(head, lines):
-    lines = [head, ['---'] * len(head), *lines]
-    return ''.join('| ' + ' | '.join(map(str, line)) + ' |\n' for line in lines)
 
 
 def values_of(rows, key, experiment):
