@@ -116,3 +116,11 @@ def test_what_was_measured_is_not_run_again(quick):
     folder, _ = quick
     assert run(folder, '--quick', '--only=inside') == ''
     assert '4 of   4 measured' in run(folder, '--quick', '--list')
+
+
+def test_readme_shows_what_results_json_says():
+    readme = (ROOT / 'README.md').read_text()
+    rows = json.loads((ROOT / 'assets/results.json').read_text())['rows']
+    assert '<!-- claims -->' in readme
+    assert results.fill(readme, rows) == readme
+    assert results.fill(readme, rows[:-20]) != readme
