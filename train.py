@@ -14,7 +14,7 @@ positions, dropout. So a resumed run is the uninterrupted one, bit for bit.
 """
 import csv, json, math, os, shutil, signal, sys, time, zipfile, zlib
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path

@@ -17,7 +17,7 @@ import finetune
 import train
 from conftest import ROOT
 from evaluate import Window
-from finetune import TASKS, grade, make_example
+from finetune import grade, make_example
 from model import GPT, GPTConfig
 from prepare import Blocks, get_tokenizer, inject_meta_tokens, load_data
 from test_finetune import SMALL
@@ -902,11 +902,10 @@ def test_characters_of_many_tokens_are_printed_whole(inside, trained, monkeypatc
     assert asked == [([[*b'0', 257, *b'123456789', 257]], 9)]
 
 
-def test_readmes_lines_for_a_shell(trained, tmp_path, monkeypatch):
-    """They run. (What they print is from a whole training.)"""
-    monkeypatch.chdir(tmp_path)
-    names = {}
-    for example in DocTestParser().get_examples((ROOT / 'README.md').read_text()):
-        exec(example.source, names)
-    assert names['causal'].shape == names['meta'].shape == (2, 1, 2, 17, 17)
-    assert names['idx'].tolist()[0].count(257) == 2  # as README shows
+def test_readmes_lines_for_a_shell(cli, trained, tmp_path):
+    """They run. (What README says that they print is from a whole training.)"""
+    lines = [x.source for x in DocTestParser().get_examples((ROOT / 'README.md').read_text())]
+    lines.append('print(causal.shape, meta.shape, idx.tolist()[0].count(257))')
+    (tmp_path / 'shell.py').write_text(''.join(lines))
+    printed = cli(tmp_path / 'shell.py', PYTHONPATH=str(ROOT)).stdout
+    assert printed == '(2, 1, 2, 17, 17) (2, 1, 2, 17, 17) 2\n'  # 2 meta-tokens, as README shows

@@ -1,4 +1,5 @@
 """finetune.py: the tasks against an independent solver, marks, splits, batches, and the runs."""
+import inspect
 import re
 import signal
 import sys
@@ -225,7 +226,6 @@ def test_marks_stand_anywhere(task):
 # ------------------------------------------------------------------------------
 # A fifth task. It has three marks, where the others have one or two.
 
-FIFTH = '''
 def third_mark(size, length, rng, items):
     """Three items in a row are marked. The answer is the third."""
     words = rng.choice(items, max(size, 3)).tolist()
@@ -233,18 +233,17 @@ def third_mark(size, length, rng, items):
     answer = words[last]
     for i in range(last - 2, last + 1):
         words[i] += '·'
-    return f"{' '.join(words)}\\nWhich?", answer
+    return f"{' '.join(words)}\nWhich?", answer
 
-'''
+
+FIFTH = inspect.getsource(third_mark) + '\n'
 ROW = "    'fifth': Task(third_mark, 15, lambda length: 3, needs_marks=True),\n"
 
 
 @pytest.fixture
 def fifth(monkeypatch):
-    """The task of FIFTH, which TASKS holds now."""
-    scope = {}
-    exec(FIFTH, scope)
-    monkeypatch.setitem(TASKS, 'fifth', Task(scope['third_mark'], 15, lambda length: 3, True))
+    """The fifth task, which TASKS holds now."""
+    monkeypatch.setitem(TASKS, 'fifth', Task(third_mark, 15, lambda length: 3, True))
     return recall(task='fifth', train_length=15, curriculum=False, batch_size=8, warmup_iters=0)
 
 

@@ -10,7 +10,7 @@ import torch
 
 import train
 from model import GPT, GPTConfig
-from prepare import UserError, get_tokenizer
+from prepare import UserError
 from test_prepare import tokenizer_or_skip
 from train import TrainConfig, load_gpt2, load_model, make_model
 
