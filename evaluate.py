@@ -69,10 +69,12 @@ def load_models(paths, machine, yarn_scale=1.0):
 
 
 def load_one(ckpt, machine, with_meta_tokens=True):
+    """Raises UserError where meta-tokens are wanted, and it has not seen any."""
     if ',' in ckpt:
         raise UserError(f'--ckpt={ckpt}: one checkpoint at a time here')
     m, = load_models(ckpt, machine)
-    if with_meta_tokens and not meta_count(m.model.config.block_size, m.trained['meta_rate']):
+    n_meta = meta_count(m.model.config.block_size, m.trained['meta_rate'])
+    if with_meta_tokens and not n_meta and 'task' not in m.trained:
         raise UserError(f'{ckpt} was trained without meta-tokens: there is nothing to measure; '
                         'name one that was trained with them')
     return m
@@ -473,16 +475,31 @@ def draw_perplexity(results):
 @dataclass
 class InsideConfig:
     ckpt: str = 'out/tiny/best.pt'  # a checkpoint trained with meta-tokens
-    dataset: str = ''            # validation text of data/DATASET; empty: what it was trained on
+    dataset: str = ''            # validation text of data/DATASET; empty: what it was taught
     n_rows: Positive = 64        # rows of text, each as long as the model's block
     device: str = 'auto'         # auto | cpu | cuda | mps
 
 
 def open_inside(doc, argv):
-    """(cfg, Loaded, idx (n_rows, T) of validation text with meta-tokens). Raises UserError."""
+    """
+    (cfg, Loaded, idx (n_rows, T)): validation text with meta-tokens, or for a fine-tuned model
+    held-out prompts. Raises UserError.
+    """
     cfg, _ = parse_config(InsideConfig, argv=argv, doc=doc)
     machine = Machine(cfg.device, 'float32')
     m = load_one(cfg.ckpt, machine)
+    if 'task' in m.trained and not cfg.dataset:
+        idx = prompts_of_one_length(m, cfg.n_rows)
+    else:
+        idx = rows_of_text(cfg, m)
+    if not (idx == m.model.config.meta_id).any():
+        raise UserError(f'{cfg.ckpt}: what it was taught holds no meta-token, there is nothing to '
+                        'measure')
+    return cfg, m, idx.to(machine.device)
+
+
+def rows_of_text(cfg, m):
+    """(n_rows, T) of validation text with meta-tokens, as in pre-training."""
     name, config = cfg.dataset or m.trained['dataset'], m.model.config
     data = load_data(name)
     if data.tok.name != m.tok.name:
@@ -494,7 +511,17 @@ def open_inside(doc, argv):
     if blocks.n_chunks < cfg.n_rows:
         raise UserError(f'--n_rows={cfg.n_rows}: the validation text has only {blocks.n_chunks}')
     idx, _ = blocks.batch(0, cfg.n_rows)
-    return cfg, m, torch.from_numpy(idx).to(machine.device)
+    return torch.from_numpy(idx)
+
+
+def prompts_of_one_length(m, n):
+    """(n, T): held-out prompts of the first task that m was taught, those of train_length."""
+    task, length = m.trained['task'], m.trained['train_length']
+    if task == 'all':
+        task = next(iter(TASKS))
+    stream = examples(task, length, 'test', 3, m.tok, markers_of(m.trained))
+    longest = (prompt for prompt, _ in stream if len(prompt) == length)
+    return torch.tensor(list(islice(longest, n)))
 
 
 class Seen(NamedTuple):
@@ -930,20 +957,22 @@ class RateDistortionConfig:
     n_betas: Positive = 10       # bottlenecks, of beta from 0.001 to 1 in equal ratios
     n_seeds: Positive = 5        # initial weights of each
     z_dim: Positive = 16         # size of the bottleneck
-    n_steps: Positive = 600      # of Adam, in batches of 250
+    n_steps: Positive = 600      # of Adam, in batches of 250, or a fifth of n_train if that is less
     device: str = 'auto'         # auto | cpu | cuda | mps
 
 
 META_CURVE, TEXT_CURVE = 'last meta-token', 'last text token'
-ZEROED_CURVE = 'last meta-token, position zeroed'
-CURVES = META_CURVE, TEXT_CURVE, ZEROED_CURVE
+BEFORE_CURVE, ZEROED_CURVE = 'text token before it', 'last meta-token, position zeroed'
+CURVES = META_CURVE, TEXT_CURVE, BEFORE_CURVE, ZEROED_CURVE
+PAPER_N = 50  # examples, which the paper went through five times
 
 
 @torch.no_grad()
 def rate_distortion(argv):
     """
-    The rate-distortion curve of the last meta-token's hidden state against the last text token's,
-    of a frozen model, by a variational information bottleneck.
+    The rate-distortion curve of the last meta-token's hidden state, of a frozen model, by a
+    variational information bottleneck. It is held against that of the last text token, and of the
+    text token right before it, which has seen as much of the prompt.
     """
     cfg, _ = parse_config(RateDistortionConfig, argv=argv, doc=rate_distortion.__doc__)
     machine = Machine(cfg.device, 'float32')
@@ -989,16 +1018,20 @@ def bottleneck_states(m, n, split, ckpt, device):
     ends = torch.tensor([[len(prompt)] for prompt, _ in pairs])            # (n, 1)
     place, is_meta = torch.arange(width), idx == meta_id
     last_meta = (place * is_meta).argmax(dim=1)                            # (n,)
-    last_text = (place * (~is_meta & (place < ends))).argmax(dim=1)        # (n,)
+    is_text = ~is_meta & (place < ends)
+    before = is_text & (place < last_meta[:, None])
+    at = {META_CURVE: last_meta, ZEROED_CURVE: last_meta,                  # (n,) each
+          TEXT_CURVE: (place * is_text).argmax(dim=1),
+          BEFORE_CURVE: (place * before).argmax(dim=1)}
     if not is_meta.any(dim=1).all():
         raise UserError(f'{ckpt}: its prompts hold no meta-token, there is nothing to measure')
     states = {}
     for curve in CURVES:
         zero_meta = 'position' if curve == ZEROED_CURVE else None
-        where, parts = last_text if curve == TEXT_CURVE else last_meta, []
-        for rows, at in zip(idx.split(64), where.split(64)):
+        parts = []
+        for rows, t in zip(idx.split(64), at[curve].split(64)):
             x = m.model.hidden(rows.to(device), zero_meta)                 # (64, width, C)
-            parts.append(x[torch.arange(len(rows)), at])
+            parts.append(x[torch.arange(len(rows)), t])
         states[curve] = torch.cat(parts)
     return states, torch.tensor([y for _, y in pairs], device=device)
 
@@ -1041,12 +1074,12 @@ def fit_bottlenecks(h, y, h_test, y_test, betas, n_seeds, z_dim, n_steps):
     Trains on distortion + beta * rate. h (n, C), y (n,) class numbers. Returns rate and distortion
     of the test examples, in nats: (2, n_seeds, len(betas), n_test).
     """
-    n_classes = int(y.max()) + 1
+    n_classes = int(torch.cat((y, y_test)).max()) + 1
     model = Bottlenecks(h, n_classes, n_seeds, len(betas), z_dim)
     beta = torch.tensor(betas * n_seeds, device=h.device)[:, None]         # (K, 1)
-    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    optimizer, size = torch.optim.Adam(model.parameters(), lr=5e-3), min(250, len(h) // 5)
     for _ in range(n_steps):
-        batch = torch.randint(len(h), (250,), generator=model.generator).to(h.device)
+        batch = torch.randint(len(h), (size,), generator=model.generator).to(h.device)
         rate, distortion = model(h[batch], y[batch])
         loss = distortion + beta * rate                                    # (K, 250)
         loss.mean(1).sum().backward()
@@ -1058,24 +1091,24 @@ def fit_bottlenecks(h, y, h_test, y_test, betas, n_seeds, z_dim, n_steps):
     return found.reshape(2, n_seeds, len(betas), -1)
 
 
-def lower_at_equal_rate(one, other, most):
+def at_equal_rate(one, other, most):
     """
-    Two curves (2, points) of rate and distortion: the mean of one's distortion less other's, over
-    the rates up to `most` that both reach; nan if these are less than a tenth of it.
+    Two curves (2, points) of rate and distortion: one's distortion less other's (50,), over the
+    rates up to `most` that both reach; (nan,) if these are less than a tenth of all up to there.
     """
     one, other = (x[:, np.argsort(x[0])] for x in (one, other))
     low, high = max(one[0, 0], other[0, 0]), min(one[0, -1], other[0, -1], most)
-    if high - low < most / 10:
-        return np.nan
+    if high - low < min(most, high) / 10:
+        return np.array([np.nan])
     rates = np.linspace(low, high, 50)
-    return (np.interp(rates, *one) - np.interp(rates, *other)).mean()
+    return np.interp(rates, *one) - np.interp(rates, *other)
 
 
 def measure_rate_distortion(cfg, m, device):
     """
-    curves: {curve: rate and distortion by beta, with 95% intervals over the seeds}; verdicts
-    {curve: whether it is lower than the text token's}; most: the entropy of the target. To keep
-    more nats than that is not to compress.
+    curves: {curve: rate and distortion by beta, with 95% intervals over the seeds}; verdicts:
+    whether a meta-token's curve is lower than a text token's; most: the entropy of the target. To
+    keep more nats than that is not to compress; by_chance: what count_strictly_lower found.
     """
     h, y = bottleneck_states(m, cfg.n_train, 'train', cfg.ckpt, device)
     h_test, y_test = bottleneck_states(m, cfg.n_test, 'test', cfg.ckpt, device)
@@ -1093,35 +1126,71 @@ def measure_rate_distortion(cfg, m, device):
         ends = np.percentile(by_seed, (2.5, 97.5), axis=1)
         values = np.stack((by_seed.mean(axis=1), *ends), axis=1)           # (2, 3, n_betas)
         curves[curve] = dict(rate=named(values[0]), distortion=named(values[1]))
-    verdicts = {}
-    for curve in (META_CURVE, ZEROED_CURVE):
-        interval = compare_curves(runs[curve], runs[TEXT_CURVE], most)
+    verdicts = []
+    for curve, against in product((META_CURVE, ZEROED_CURVE), (TEXT_CURVE, BEFORE_CURVE)):
+        interval = compare_curves(runs[curve], runs[against], most)
         difference = named(None if np.isnan(x) else x for x in interval)
-        verdicts[curve] = dict(lower=verdict(interval, 'yes', 'not resolved', 'no'),
-                               difference=difference)
-    return dict(beta=betas, most=most, n_classes=len(classes), verdicts=verdicts, curves=curves)
+        verdicts.append(dict(curve=curve, against=against, difference=difference,
+                             lower=verdict(interval, 'yes', 'not resolved', 'no')))
+    return dict(beta=betas, most=most, n_classes=len(classes), verdicts=verdicts, curves=curves,
+                by_chance=count_strictly_lower(h, y, cfg.z_dim))
+
+
+def count_strictly_lower(h, y, z_dim):
+    """
+    What the paper's size can show. Draws PAPER_N examples, and as many held-out ones, again and
+    again. How often is one curve lower than another at every rate? And how often than itself, from
+    other initial weights? No difference is there to be found in the latter.
+    """
+    n_draws, betas = len(y) // (2 * PAPER_N), np.geomspace(1e-2, 1, 10).tolist()
+    pairs = [(TEXT_CURVE, TEXT_CURVE)]
+    for text in TEXT_CURVE, BEFORE_CURVE:
+        pairs += (META_CURVE, text), (text, META_CURVE)
+    often = Counter()
+    for draw in torch.arange(n_draws * 2 * PAPER_N).chunk(n_draws):
+        train, test = draw.chunk(2)
+        found = {}
+        for curve in CURVES:                       # 5 epochs are 25 steps of a fifth of them
+            run = fit_bottlenecks(h[curve][train], y[train], h[curve][test], y[test], betas,
+                                  n_seeds=2, z_dim=z_dim, n_steps=25)
+            found[curve] = run.mean(axis=3)        # (2, n_seeds, n_betas)
+        for one, other in pairs:
+            change = at_equal_rate(found[one][:, 0], found[other][:, 1], most=math.inf)
+            often[one, other] += bool((change < 0).all())
+    return [dict(curve=one, against=other, strictly_lower=often[one, other], draws=n_draws)
+            for one, other in pairs]
 
 
 def compare_curves(one, other, most, n_draws=200):
-    """(value, low, high) of lower_at_equal_rate; seeds and held-out examples are drawn again."""
+    """
+    (value, low, high): the mean difference at equal rate. Seeds and held-out examples are drawn
+    again and again for the interval.
+    """
     _, n_seeds, _, n_test = one.shape
     rng, draws = np.random.default_rng(0), []
     for _ in range(n_draws):
         seeds, rows = rng.integers(n_seeds, size=n_seeds), rng.integers(n_test, size=n_test)
         pair = [run[:, seeds][..., rows].mean(axis=(1, 3)) for run in (one, other)]
-        draws.append(lower_at_equal_rate(*pair, most))
-    value = lower_at_equal_rate(one.mean(axis=(1, 3)), other.mean(axis=(1, 3)), most)
+        draws.append(at_equal_rate(*pair, most).mean())
+    value = at_equal_rate(one.mean(axis=(1, 3)), other.mean(axis=(1, 3)), most).mean()
     return value, *np.percentile(draws, (2.5, 97.5))
 
 
 def report_rate_distortion(results, m, cfg):
     print(f'{m.name}: {cfg.n_train} training and {cfg.n_test} held-out examples, '
           f"{results['n_classes']} classes, {cfg.n_seeds} seeds")
-    for curve, found in results['verdicts'].items():
+    for found in results['verdicts']:
         difference = [math.nan if x is None else x for x in found['difference'].values()]
-        print(f"{curve} against {TEXT_CURVE}: lower at equal rate: {found['lower']}, "
-              f"{span(difference)} nats, at rates up to {results['most']:.2f} nats, the entropy of "
-              'the target')
+        print(f"{found['curve']} against {found['against']}: lower at equal rate: "
+              f"{found['lower']}, {span(difference)} nats, at rates up to {results['most']:.2f} "
+              'nats, the entropy of the target')
+    for found in results['by_chance']:
+        other = found['against']
+        if found['curve'] == other:
+            other = 'itself from other initial weights'
+        print(f"with {PAPER_N} examples, as in the paper, drawn {found['draws']} times: "
+              f"{found['curve']} is lower than {other} at every rate "
+              f"{found['strictly_lower']} times")
     if 'task' in m.trained and m.tok.name == 'bytes':
         print('the answer is a space, then what is asked for: neither token is the one that '
               'predicts it, as it would be with words (gpt2)')
@@ -1136,8 +1205,9 @@ def draw_rate_distortion(results):
         ax.errorbar(rate[0], distortion[0], errors[1], errors[0], capsize=2, label=curve,
                     **line_style(n))
     ax.axvline(results['most'], color='0.6', lw=1, label='the verdict counts rates up to here')
-    lower = results['verdicts'][META_CURVE]['lower']
-    ax.set(title=f'is the last meta-token lower than the last text token? {lower}',
+    text, before, *_ = (found['lower'] for found in results['verdicts'])
+    ax.set(title=f'is the last meta-token lower than the last text token? {text}; '
+                 f'than the one before it? {before}',
            xlabel='rate (nats kept of the hidden state)',
            ylabel='distortion (nats of uncertainty about the target)')
     ax.grid(alpha=0.3)

@@ -107,6 +107,13 @@ class Bench:
                     f'--seed={seed}', *settings)
         return Training(('finetune.py', *settings, *self.shorter['finetune.py']), out_dir, start)
 
+    def short_window(self, model, seed):
+        """A pre-training with a window of 32, and as many positions a step."""
+        out_dir = self.out / f'{model}-{seed}-window_32'
+        settings = (f'--out_dir={out_dir}', f'--seed={seed}', *MODELS[model], '--block_size=32',
+                    '--batch_size=32')
+        return Training(('train.py', *settings, *self.shorter['train.py']), out_dir)
+
     def stretched(self, start, scale, block_size, seed):
         """A short training that goes on with a window stretched by YaRN."""
         out_dir = start.out_dir.with_name(f'{start.out_dir.name}-yarn_{scale}')
@@ -336,25 +343,22 @@ def rate_distortion(bench, seed):
 def table1(bench, seed):
     """
     YaRN, in the paper's ratios: a window of 32 stretched 4 and 8 times, fine-tuned up to half and
-    all of it, tested at 0.5 to 2.5 times the window of 4; and a window of 256 from the start.
+    all of it, tested at 0.5 to 2.5 times the window of 4. Scale 1 is the control: a window of 256
+    from the start, which goes on as long as a stretched one does.
     """
     if seed not in SEEDS[:3]:
         return
-    lengths = 64, 128, 192, 256, 320
-    for model in 'meta', 'pause', 'gpt2':
-        out_dir = bench.out / f'{model}-{seed}-window_32'
-        settings = f'--out_dir={out_dir}', f'--seed={seed}', *MODELS[model]
-        short = Training(('train.py', *settings, '--block_size=32', '--batch_size=32',
-                          *bench.shorter['train.py']), out_dir)
-        for scale, trained in ((4, (64, 128)), (8, (128, 256))):
-            stretched = bench.stretched(short, scale, 32 * scale + 8, seed)  # 8: room for answers
-            for length in trained:
-                training = bench.taught(stretched, seed, f'list_recall-{length}',
-                                        f'--train_length={length}')
-                yield graded(bench, 'table1', model, seed, training, lengths, yarn_scale=scale,
-                             train_length=length)
-        yield tested(bench, 'table1', model, seed, 'list_recall', '--train_length=256',
-                     '--block_size=264', lengths=lengths, yarn_scale=1, train_length=256)
+    cells = (4, 64), (4, 128), (8, 128), (8, 256), (1, 256)
+    for (scale, train_length), model in itertools.product(cells, ('meta', 'pause', 'gpt2')):
+        if scale == 1:
+            start, block_size = bench.pretrained(model, seed), 256
+        else:
+            start, block_size = bench.short_window(model, seed), 32 * scale
+        stretched = bench.stretched(start, scale, block_size + 8, seed)  # 8: room for answers
+        training = bench.taught(stretched, seed, f'list_recall-{train_length}',
+                                f'--train_length={train_length}')
+        yield graded(bench, 'table1', model, seed, training, (64, 128, 192, 256, 320),
+                     yarn_scale=scale, train_length=train_length)
 
 
 EXPERIMENTS = dict(recall=recall, loss=loss, recall_tokens=recall_tokens, markers=markers,

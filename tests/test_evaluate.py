@@ -578,6 +578,26 @@ def test_sharpening(inside, trained, tmp_path):
     assert 'it rises; the paper: it falls' in out
 
 
+@pytest.mark.parametrize('command', ['sharpening', 'caching'])
+def test_inside_of_a_model_that_was_taught(inside, trained, tmp_path, command):
+    """It is asked prompts of its task, all of one length."""
+    ckpt = '--ckpt=out/tiny-list_recall/best.pt'
+    inside('evaluate.py', command, ckpt, '--n_rows=6', '--device=cpu')
+    assert (tmp_path / f'out/tiny-list_recall/eval/{command}.png').read_bytes().startswith(PNG)
+    _, m, idx = evaluate.open_inside('', [ckpt, '--n_rows=6', '--device=cpu'])
+    assert idx.shape == (6, 32) and ((idx == 257).sum(dim=1) == 2).all()
+    assert all('Item' in m.tok.decode(row.tolist()) for row in idx)
+
+
+def test_prompts_without_meta_tokens_are_refused(inside, trained, tmp_path):
+    path = tmp_path / 'out/tiny-list_recall/best.pt'
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint['config']['markers'] = 'none'
+    torch.save(checkpoint, path)
+    err = inside('evaluate.py', 'caching', f'--ckpt={path}', '--device=cpu', code=2).err
+    assert 'holds no meta-token, there is nothing to measure' in err
+
+
 def test_caching(inside, trained, tmp_path):
     """Against cosines and attention taken pair by pair, after the last block."""
     inside('evaluate.py', 'caching', '--n_rows=6', '--device=cpu')
@@ -638,7 +658,7 @@ def test_rate_distortion(inside, trained, tmp_path, run, n_classes):
     folder = tmp_path / 'out' / run / 'eval'
     assert (folder / 'rate_distortion.png').read_bytes().startswith(PNG)
     result = read_json(folder / 'rate_distortion.json')
-    assert out.count('lower at equal rate: ') == 2 and len(result['curves']) == 3
+    assert out.count('lower at equal rate: ') == 4 and len(result['curves']) == 4
     assert result['n_classes'] >= n_classes and f"{result['n_classes']} classes" in out
     for curve in result['curves'].values():
         rate, low, high = (curve['rate'][key] for key in ('mean', 'low', 'high'))
@@ -661,7 +681,8 @@ def test_states_are_those_at_the_last_tokens(trained, tmp_path, monkeypatch):
         at_meta = np.flatnonzero(ids == 257)[-1]
         expected = {evaluate.META_CURVE: (at_meta, None),
                     evaluate.ZEROED_CURVE: (at_meta, 'position'),
-                    evaluate.TEXT_CURVE: (np.flatnonzero(ids != 257)[-1], None)}
+                    evaluate.TEXT_CURVE: (np.flatnonzero(ids != 257)[-1], None),
+                    evaluate.BEFORE_CURVE: (at_meta - 1, None)}
         for curve, (place, zero_meta) in expected.items():
             x = m.model.hidden(torch.tensor([prompt]), zero_meta)[0, place]
             assert torch.allclose(states[curve][n], x, atol=1e-5)
@@ -692,37 +713,57 @@ def test_bottlenecks_find_what_is_there():
     assert always[1, 0] < 0.35 and 0.6 < at_times[1, 0] < 1.1 and never[1].min() > 1.3
     assert np.allclose(distortion[:, 2], math.log(4), atol=0.05) and rate[:, 2].max() < 0.1
     assert rate[0, 1] > 0.8                                     # ln 4 = 1.39 nats would do
-    assert evaluate.lower_at_equal_rate(always, at_times, math.log(4)) < -0.03
+    assert evaluate.at_equal_rate(always, at_times, math.log(4)).mean() < -0.03
 
 
 def test_rate_distortion_finds_the_verdict(inside, trained, monkeypatch):
-    """The meta-token holds the target, the text token at times, without positions nothing does."""
+    """
+    The meta-token holds the target, text tokens at times, without positions nothing does. With few
+    examples that the bottleneck has hardly seen, a token can be lower than itself.
+    """
     def states(m, n, split, ckpt, device):
         rng = np.random.default_rng(n)
         y = torch.from_numpy(rng.integers(4, size=n))
         always, at_times, never = states_that_hold(y, rng)
         return {evaluate.META_CURVE: always, evaluate.TEXT_CURVE: at_times,
-                evaluate.ZEROED_CURVE: never}, y
+                evaluate.BEFORE_CURVE: at_times, evaluate.ZEROED_CURVE: never}, y
 
     monkeypatch.setattr(evaluate, 'bottleneck_states', states)
     out = inside('evaluate.py', 'rate_distortion', '--n_train=800', '--n_test=400',
                  '--n_steps=250', '--n_seeds=2', '--n_betas=6', '--z_dim=4', '--device=cpu').out
     verdicts = [line for line in out.splitlines() if 'lower at equal rate' in line]
-    assert 'rate: yes, -' in verdicts[0] and 'rate: no, +' in verdicts[1]
+    assert all('rate: yes, -' in line for line in verdicts[:2])
+    assert all('rate: no, +' in line for line in verdicts[2:])
+    assert 'drawn 8 times: last text token is lower than itself' in out
 
 
-def test_lower_at_equal_rate():
+def test_strictly_lower_is_counted():
+    """The meta-token's state tells the target in each of its parts, the other states are noise."""
+    rng, n = np.random.default_rng(0), 20 * 2 * evaluate.PAPER_N
+    y = torch.from_numpy(rng.integers(4, size=n))
+    told, noise = torch.from_numpy(rng.normal(size=(2, n, 32))).float()
+    told += 90 * F.one_hot(y, 4).repeat(1, 8)
+    states = dict.fromkeys(evaluate.CURVES, noise) | {evaluate.META_CURVE: told}
+    found = evaluate.count_strictly_lower(states, y, z_dim=16)
+    counts = {(r['curve'], r['against']): r['strictly_lower'] for r in found}
+    for text in evaluate.TEXT_CURVE, evaluate.BEFORE_CURVE:
+        assert counts[evaluate.META_CURVE, text] > 15
+        assert counts[text, evaluate.META_CURVE] == 0
+    assert 0 < counts[evaluate.TEXT_CURVE, evaluate.TEXT_CURVE] < 10     # by chance
+    assert all(r['draws'] == 20 for r in found)
+
+
+def test_at_equal_rate():
     """One falls to 0.5 at a rate of 2 and stays there, the other falls steadily."""
     one = np.array([[4, 2, 0], [0.5, 0.5, 1]])
     other = np.array([[0, 1, 3], [1.5, 1.25, 0.75]])
     for most, end in (10, 3), (2, 2):
         rates = np.linspace(0, end, 50)
         expected = np.maximum(1 - rates / 4, 0.5) - (1.5 - rates / 4)
-        found = evaluate.lower_at_equal_rate(one, other, most)
-        assert found == pytest.approx(expected.mean())
+        assert evaluate.at_equal_rate(one, other, most) == pytest.approx(expected)
     apart, nearly_apart = other + [[5], [0]], other + [[3.9], [0]]
-    assert np.isnan(evaluate.lower_at_equal_rate(one, apart, 10))
-    assert np.isnan(evaluate.lower_at_equal_rate(one, nearly_apart, 10))
+    assert np.isnan(evaluate.at_equal_rate(one, apart, 10)).all()
+    assert np.isnan(evaluate.at_equal_rate(one, nearly_apart, 10)).all()
 
 # ------------------------------------------------------------------------------
 # theory
