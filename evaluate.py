@@ -15,7 +15,7 @@ Each measures, then reports in words and tables, then draws. Numbers and picture
 eval/ beside the checkpoint (beside the first, where there are several).
 """
 import codecs, json, math, re, sys, zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -515,13 +515,17 @@ def rows_of_text(cfg, m):
 
 
 def prompts_of_one_length(m, n):
-    """(n, T): held-out prompts of the first task that m was taught, those of train_length."""
+    """(n, T): held-out prompts of the first task that m was taught, all of one length."""
     task, length = m.trained['task'], m.trained['train_length']
     if task == 'all':
         task = next(iter(TASKS))
     stream = examples(task, length, 'test', 3, m.tok, markers_of(m.trained))
-    longest = (prompt for prompt, _ in stream if len(prompt) == length)
-    return torch.tensor(list(islice(longest, n)))
+    by_length = defaultdict(list)
+    for prompt, _ in stream:
+        group = by_length[len(prompt)]
+        group.append(prompt)
+        if len(group) == n:
+            return torch.tensor(group)
 
 
 class Seen(NamedTuple):
