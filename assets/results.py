@@ -14,6 +14,7 @@ that made it. A command that has its rows is not run again. README's tables are 
 import argparse, csv, itertools, json, os, platform, re, subprocess, sys, threading, time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -43,6 +44,9 @@ MODELS = {  # what a model differs in, in pre-training
     'no-positions': ('--pos=none',),
 }
 MINUTES = {'train.py': 3.0, 'finetune.py': 4.0, 'evaluate.py': 0.5}  # of a run on one thread
+TABLE1_CELLS = (4, 64), (4, 128), (8, 128), (8, 256), (1, 256)  # YaRN's scale, trained length
+PARITY_LENGTHS = 24, 32, 40, 48  # tried with the first seed
+PARITY_LENGTH = 32               # what the other seeds take: the longest that some model learned
 
 # ------------------------------------------------------------------------------
 # Runs
@@ -129,10 +133,11 @@ class Bench:
         """Runs what a measurement needs, and adds its rows."""
         training = measurement.training
         self.train(training)
-        if measurement.command:
-            run(measurement.command)
-        rows = [measurement.about | row | dict(command=measurement.name)
-                for row in measurement.read(training.out_dir)]
+        with self.running[training.out_dir]:
+            if measurement.command:
+                run(measurement.command)
+            rows = [measurement.about | row | dict(command=measurement.name)
+                    for row in measurement.read(training.out_dir)]
         with self.writing:
             self.rows += rows
             self.write()
@@ -215,17 +220,25 @@ def read_caching(out_dir):
             dict(of='attention to meta-tokens over uniform', **results['over_uniform'])]
 
 
-def read_perplexity(out_dir):
+def read_perplexity(out_dir, text='stdlib'):
     """Without and with meta-tokens: of all tokens, and of those that can be recalled."""
-    return pick(found(out_dir, 'perplexity-stdlib')['results'], 'n_meta', 'perplexity', 'nats',
+    return pick(found(out_dir, f'perplexity-{text}')['results'], 'n_meta', 'perplexity', 'nats',
                 'nats_new_bigram', 'nats_seen_bigram', 'share_seen')
 
 
+def read_positions(out_dir):
+    """Loss by position, in nats: the mean position of each part of the window."""
+    return [dict(n_meta=r['n_meta'], position=position, nats=float(np.log(perplexity)))
+            for r in found(out_dir, 'perplexity-stdlib')['results']
+            for position, perplexity in zip(r['positions'], r['perplexity_by_position'])]
+
+
 def read_rate_distortion(out_dir):
-    """The last meta-token's curve against the last text token's."""
-    verdicts = found(out_dir, 'rate_distortion')['verdicts']
-    return [dict(curve=curve, lower=v['lower'], difference=v['difference']['mean'])
-            for curve, v in verdicts.items()]
+    """A meta-token's curve against a text token's; then how often one is lower by chance."""
+    results = found(out_dir, 'rate_distortion')
+    return [dict(curve=v['curve'], against=v['against'], lower=v['lower'],
+                 difference=v['difference']['mean'])
+            for v in results['verdicts']] + results['by_chance']
 
 # ------------------------------------------------------------------------------
 # The experiments. Each gives its measurements of one seed.
@@ -292,34 +305,60 @@ def placement(bench, seed):
 
 
 def train_length(bench, seed):
-    """Do longer prompts in training lift meta more than gpt2? (Figure 1.) All at 64 tokens."""
+    """Do longer prompts in training lift meta more than gpt2? (Figure 1.) Tested at 64 tokens."""
     for length, model in itertools.product((32, 48), ('meta', 'pause', 'gpt2')):
         yield tested(bench, 'train_length', model, seed, 'list_recall',
                      f'--train_length={length}', lengths=(64,), train_length=length)
 
 
 def hard_tasks(bench, seed):
-    """Counting and parity at lengths that can be learned."""
-    for task, model in itertools.product(('segment_counting', 'parity'), ('meta', 'pause', 'gpt2')):
-        yield tested(bench, 'hard_tasks', model, seed, task, '--train_length=24', lengths=(24,))
+    """Counting and parity, at lengths that can be learned."""
+    if seed not in SEEDS[:3]:
+        return
+    wanted = [('segment_counting', 24), ('parity', PARITY_LENGTH)]
+    if seed == SEEDS[0]:
+        wanted += [('parity', length) for length in PARITY_LENGTHS if length != PARITY_LENGTH]
+    for (task, length), model in itertools.product(wanted, ('meta', 'pause', 'gpt2')):
+        yield tested(bench, 'hard_tasks', model, seed, task, f'--train_length={length}',
+                     lengths=(length,), train_length=length)
 
 
 def hybrid(bench, seed):
-    """Meta-tokens without a position, which the paper's discussion proposes; and none at all."""
+    """
+    Meta-tokens without a position, which the paper's discussion proposes; and none at all. Their
+    loss by position too, in windows of twice the trained length.
+    """
     models = 'hybrid', 'no-positions'
     yield from loss(bench, seed, models)
     for model in models:
         yield tested(bench, 'hybrid', model, seed, 'list_recall')
+    for model in ('meta', 'gpt2', *models):
+        training = bench.pretrained(model, seed)
+        command = ('evaluate.py', 'perplexity', f'--ckpt={training.out_dir}/best.pt',
+                   '--block_size=512', '--n_buckets=4')
+        about = dict(experiment='positions', model=model, seed=seed)
+        yield Measurement(about, training, command, read_positions)
+
+
+INSIDE = {'sharpening': read_sharpening, 'caching': read_caching}
 
 
 def inside(bench, seed):
     """Do meta-tokens sharpen attention, and cache what stood before them?"""
-    read = {'sharpening': read_sharpening, 'caching': read_caching}
-    for model, name in itertools.product(('meta', 'pause'), read):
+    for model, name in itertools.product(('meta', 'pause'), INSIDE):
         training = bench.pretrained(model, seed)
         command = 'evaluate.py', name, f'--ckpt={training.out_dir}/best.pt'
         about = dict(experiment=name, model=model, seed=seed)
-        yield Measurement(about, training, command, read[name])
+        yield Measurement(about, training, command, INSIDE[name])
+
+
+def inside_taught(bench, seed):
+    """The same after fine-tuning, in prompts. gpt2 met its first meta-token there."""
+    for model, name in itertools.product(('meta', 'pause', 'gpt2'), INSIDE):
+        training = tested(bench, '', model, seed, 'list_recall').training
+        command = 'evaluate.py', name, f'--ckpt={training.out_dir}/best.pt'
+        about = dict(experiment=f'{name} after list_recall', model=model, seed=seed)
+        yield Measurement(about, training, command, INSIDE[name])
 
 
 def recall_tokens(bench, seed):
@@ -331,8 +370,20 @@ def recall_tokens(bench, seed):
         yield Measurement(about, training, command, read_perplexity)
 
 
+def books(bench, seed):
+    """The same on whole books, for who puts plain-text books into data/books."""
+    if not (ROOT / 'data/books').exists():
+        return
+    for model in 'meta', 'pause', 'gpt2', 'same-size':
+        training = bench.pretrained(model, seed)
+        command = ('evaluate.py', 'perplexity', f'--ckpt={training.out_dir}/best.pt',
+                   '--text=data/books')
+        about = dict(experiment='books', model=model, seed=seed)
+        yield Measurement(about, training, command, partial(read_perplexity, text='books'))
+
+
 def rate_distortion(bench, seed):
-    """Does the last meta-token tell more per nat than the last text token?"""
+    """Does the last meta-token tell more per nat than a text token?"""
     for model in 'meta', 'pause':
         training = tested(bench, '', model, seed, 'list_recall').training
         command = 'evaluate.py', 'rate_distortion', f'--ckpt={training.out_dir}/best.pt'
@@ -348,8 +399,7 @@ def table1(bench, seed):
     """
     if seed not in SEEDS[:3]:
         return
-    cells = (4, 64), (4, 128), (8, 128), (8, 256), (1, 256)
-    for (scale, train_length), model in itertools.product(cells, ('meta', 'pause', 'gpt2')):
+    for (scale, train_length), model in itertools.product(TABLE1_CELLS, ('meta', 'pause', 'gpt2')):
         if scale == 1:
             start, block_size = bench.pretrained(model, seed), 256
         else:
@@ -361,10 +411,10 @@ def table1(bench, seed):
                      yarn_scale=scale, train_length=train_length)
 
 
-EXPERIMENTS = dict(recall=recall, loss=loss, recall_tokens=recall_tokens, markers=markers,
-                   inside=inside, rate_distortion=rate_distortion, hybrid=hybrid,
-                   placement=placement, recall_more=recall_more, train_length=train_length,
-                   hard_tasks=hard_tasks, table1=table1)
+EXPERIMENTS = dict(recall=recall, loss=loss, recall_tokens=recall_tokens, books=books,
+                   inside=inside, inside_taught=inside_taught, rate_distortion=rate_distortion,
+                   markers=markers, table1=table1, hard_tasks=hard_tasks, hybrid=hybrid,
+                   placement=placement, train_length=train_length, recall_more=recall_more)
 
 
 def measurements(bench, name):
@@ -372,62 +422,120 @@ def measurements(bench, name):
     return [m for seed in bench.seeds for m in EXPERIMENTS[name](bench, seed)]
 
 # ------------------------------------------------------------------------------
-# Verdicts. The unit is the seed: two models are compared where both have it.
+# Claims and verdicts. The unit is the seed: two models are compared where both have it.
 
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t for so many seeds
-SMALL = 0.05  # a difference below this counts as nothing
+SMALL = 0.05  # a difference below this counts as nothing: 5 points of exact match, or 0.05 nats
 
 
 class Claim(NamedTuple):
+    """It holds if the weighted sum of its terms, seed by seed, is above 0."""
     text: str
-    experiment: str
-    one: dict          # which rows, and
-    other: dict        # against which
+    reading: str     # how it was taken, where it can be taken in several ways
+    terms: tuple     # (weight, {what the rows of this term are})
+    command: str = ''
     figure: str = 'exact_match'
 
 
-AT_64 = dict(task='list_recall', length=64, meta_tokens='full')
+RECALL = dict(experiment='recall', task='list_recall', meta_tokens='full')
+TASKS = 'evaluate.py tasks'
 
 
-def against(model, other, words):
-    return [Claim(f'{words} ({length} tokens)', 'recall', AT_64 | dict(model=model, length=length),
-                  AT_64 | dict(model=other, length=length)) for length in (64, 128)]
+def better(model, other, **where):
+    return (1, RECALL | where | dict(model=model)), (-1, RECALL | where | dict(model=other))
 
 
+def at_lengths(text, model, other):
+    return [Claim(text, f'{length} tokens', better(model, other, length=length), TASKS)
+            for length in (64, 128)]
+
+
+def sharper(reading, model='meta'):
+    row = dict(experiment='sharpening', model=model, reading=reading, of='entropy',
+               against='zeroed embeddings')
+    return Claim('Meta-tokens sharpen attention (Fig. 2)', reading, ((-1, row),),
+                 'evaluate.py sharpening', 'mean')
+
+
+def tells_more_than(text_token):
+    row = dict(experiment='rate_distortion', model='meta', curve='last meta-token',
+               against=text_token)
+    return Claim('The last meta-token tells more per nat', f'than the {text_token}', ((-1, row),),
+                 'evaluate.py rate_distortion', 'difference')
+
+
+def more_by_longer_training(model, weight):
+    row = dict(RECALL, experiment='train_length', model=model, length=64)
+    return (weight, row | dict(train_length=64)), (-weight, row | dict(train_length=32))
+
+
+def stretched_to_256(length):
+    row = dict(experiment='table1', yarn_scale=8, train_length=256, meta_tokens='full',
+               length=length)
+    return (1, row | dict(model='meta')), (-1, row | dict(model='gpt2'))
+
+
+def zeroed(what, length):
+    row = RECALL | dict(model='meta', length=length)
+    return (1, row | dict(meta_tokens=f'zero {what}')), (-1, row)
+
+
+def marked(where):
+    return better('meta', 'gpt2', experiment='markers', length=64, markers=where)
+
+
+MARKS = dict(RECALL, experiment='markers', length=64)
 CLAIMS = [
-    *against('meta', 'gpt2', 'Meta-tokens with meta-attention help list recall'),
-    *against('meta', 'pause', 'Meta-attention helps beyond its tokens'),
-    *against('meta', 'same-size', 'It helps beyond its parameters'),
-    *against('meta', 'same-time', 'It helps beyond its seconds'),
-    *against('pause', 'gpt2', 'Its tokens alone help'),
-    *[Claim(f'With --markers={where}, meta is better than gpt2 (64 tokens)', 'markers',
-            AT_64 | dict(model='meta', markers=where), AT_64 | dict(model='gpt2', markers=where))
-      for where in ('random', 'none', 'end')],
-    Claim('Zeroing the position at meta-tokens helps (Table 2; 128 tokens)', 'recall',
-          AT_64 | dict(model='meta', length=128, meta_tokens='zero position'),
-          AT_64 | dict(model='meta', length=128)),
-    Claim('Zeroing their embedding hurts (64 tokens)', 'recall', AT_64 | dict(model='meta'),
-          AT_64 | dict(model='meta', meta_tokens='zero embedding')),
+    # the paper's
+    *at_lengths('Meta-tokens with meta-attention help list recall (Fig. 1)', 'meta', 'gpt2'),
+    Claim('Longer prompts in training lift it more (Fig. 1)', 'from 32 to 64',
+          (*more_by_longer_training('meta', 1), *more_by_longer_training('gpt2', -1)), TASKS),
+    *[Claim('It is better in a window stretched by YaRN (Table 1)', f'{length} tokens',
+            stretched_to_256(length), TASKS) for length in (128, 256)],
+    Claim("Zeroing meta-tokens' position helps (Table 2)", '128 tokens', zeroed('position', 128),
+          TASKS),
+    Claim('Zeroing their embedding hurts (Table 2)', '64 tokens',
+          tuple((-weight, row) for weight, row in zeroed('embedding', 64)), TASKS),
+    sharper('attention at text tokens'), sharper('attention at meta-tokens'),
+    sharper('meta-attention'), sharper('output at meta-tokens'),
+    Claim('They cache what stood before them (Fig. 2)', 'more than text tokens do',
+          ((1, dict(experiment='caching', model='meta', of='fades more than at text tokens')),),
+          'evaluate.py caching', 'mean'),
+    tells_more_than('last text token'), tells_more_than('text token before it'),
+    Claim('They lower the loss of language modelling (PG19)', 'same steps, source text',
+          ((1, dict(experiment='loss', model='gpt2')), (-1, dict(experiment='loss', model='meta'))),
+          'train.py', 'val_loss'),
+    # the controls
+    *at_lengths('Meta-attention helps beyond its tokens', 'meta', 'pause'),
+    *at_lengths('It helps beyond its parameters', 'meta', 'same-size'),
+    *at_lengths('It helps beyond its seconds', 'meta', 'same-time'),
+    *at_lengths('Its tokens alone help', 'pause', 'gpt2'),
+    *[Claim('It helps wherever the marks stand', f'--markers={where}', marked(where), TASKS)
+      for where in ('task', 'end', 'random', 'none')],
+    Claim('Marks help more after pre-training with meta-tokens', 'pause, gpt2',
+          ((1, MARKS | dict(model='pause', markers='task')),
+           (-1, MARKS | dict(model='pause', markers='none')),
+           (-1, MARKS | dict(model='gpt2', markers='task')),
+           (1, MARKS | dict(model='gpt2', markers='none'))), TASKS),
 ]
 
 
-def select(rows, experiment, where, figure):
+def select(rows, where, figure='exact_match'):
     """{seed: figure} of the rows that are as `where` says."""
-    wanted = dict(where, experiment=experiment)
-    return {row['seed']: row[figure] for row in rows if wanted.items() <= row.items()}
+    return {row['seed']: row[figure] for row in rows if where.items() <= row.items()}
 
 
 def compare(rows, claim):
-    """The mean difference of a claim's two sides over the seeds of both, and its 95% interval."""
-    one = select(rows, claim.experiment, claim.one, claim.figure)
-    other = select(rows, claim.experiment, claim.other, claim.figure)
-    seeds = sorted(one.keys() & other.keys())
-    difference = np.array([one[seed] - other[seed] for seed in seeds])
+    """The sum of a claim's terms for each seed that has all, its mean and 95% interval, or None."""
+    terms = [(weight, select(rows, where, claim.figure)) for weight, where in claim.terms]
+    seeds = sorted(set.intersection(*[set(found) for _, found in terms]))
+    sums = np.zeros(len(seeds))
+    for weight, found in terms:
+        sums += weight * np.array([found[seed] for seed in seeds], float)  # None becomes nan
     if len(seeds) < 2:
-        return difference, None
-    half = T_95[len(seeds)] * difference.std(ddof=1) / len(seeds) ** 0.5
-    mean = difference.mean()
-    return difference, (mean, mean - half, mean + half)
+        return sums, None
+    half = T_95[len(seeds)] * sums.std(ddof=1) / len(seeds) ** 0.5
+    return sums, (sums.mean(), sums.mean() - half, sums.mean() + half)
 
 
 def verdict(interval):
@@ -443,120 +551,200 @@ def verdict(interval):
 # Tables and pictures
 
 class Table(NamedTuple):
-    experiment: str
-    lines: str         # what a line is for
-    columns: str       # and a column
-    where: dict
-    figure: str = 'exact_match'
+    """Exact match: a line for each value of one key, a column for each of another."""
+    lines: str
+    columns: str
+    where: dict      # what all rows are
 
 
 TABLES = {
-    'recall': Table('recall', 'model', 'length', dict(task='list_recall', meta_tokens='full')),
-    'zeroed': Table('recall', 'meta_tokens', 'length', dict(task='list_recall', model='meta')),
-    'copying': Table('recall', 'model', 'length', dict(task='copying', meta_tokens='full')),
-    'markers': Table('markers', 'model', 'markers', AT_64),
-    'placement': Table('placement', 'model', 'length', dict(meta_tokens='full')),
-    'hybrid': Table('hybrid', 'model', 'length', dict(meta_tokens='full')),
-    'train_length': Table('train_length', 'model', 'train_length', AT_64),
-    'hard_tasks': Table('hard_tasks', 'model', 'task', dict(meta_tokens='full')),
+    'recall': Table('model', 'length', RECALL),
+    'zeroed': Table('meta_tokens', 'length', dict(experiment='recall', task='list_recall',
+                                                  model='meta')),
+    'copying': Table('model', 'length', RECALL | dict(task='copying')),
+    'markers': Table('model', 'markers', MARKS),
+    'placement': Table('model', 'length', RECALL | dict(experiment='placement')),
+    'hybrid': Table('model', 'length', RECALL | dict(experiment='hybrid')),
+    'train_length': Table('model', 'train_length', dict(experiment='train_length', length=64,
+                                                        meta_tokens='full')),
+    'counting': Table('model', 'train_length', RECALL | dict(experiment='hard_tasks',
+                                                             task='segment_counting')),
+    'parity': Table('model', 'train_length', RECALL | dict(experiment='hard_tasks',
+                                                           task='parity')),
 }
+for scale, trained in TABLE1_CELLS:
+    TABLES[f'table1-{scale}-{trained}'] = Table('model', 'length', dict(
+        experiment='table1', yarn_scale=scale, train_length=trained, meta_tokens='full'))
 
 
-def in_points(x):
-    return f'{100 * x:.1f}'
+def with_references(rows):
+    """Rows that an experiment shares with `recall` are its own too, to be held against."""
+    found = list(rows)
+    for row in rows:
+        if row['experiment'] == 'recall' and row['task'] == 'list_recall':
+            if row['model'] == 'meta':
+                found += row | dict(experiment='placement'), row | dict(experiment='hybrid')
+            if row['length'] == 64 and row['model'] in ('meta', 'pause', 'gpt2'):
+                found += [row | dict(experiment='markers', markers='task'),
+                          row | dict(experiment='train_length', train_length=64)]
+    return found
 
 
-def values_of(rows, key, experiment):
-    """The values of a key in an experiment's rows, in their order; models, in that of MODELS."""
-    values = dict.fromkeys(row[key] for row in rows
-                           if row['experiment'] == experiment and key in row)
+def values_of(rows, key, where):
+    """The values that a key has in some rows: numbers by size, models in the order of MODELS."""
+    values = dict.fromkeys(row[key] for row in rows if where.items() <= row.items())
     if key == 'model':
         return [model for model in MODELS if model in values]
-    return list(values)
+    if key == 'markers':
+        return [markers for markers in ('task', 'end', 'random', 'none') if markers in values]
+    return sorted(values) if key != 'meta_tokens' else list(values)
+
+
+def each(found, form):
+    """{seed: figure} -> each seed's figure, in the order of the seeds."""
+    return ' '.join(form.format(found[seed]) for seed in sorted(found))
+
+
+def mean_of(found):
+    return np.mean(list(found.values()))
 
 
 def draw_table(rows, table):
     """The mean over seeds, and each seed, in %."""
-    columns, lines = values_of(rows, table.columns, table.experiment), []
-    for line in values_of(rows, table.lines, table.experiment):
+    columns, lines = values_of(rows, table.columns, table.where), []
+    for line in values_of(rows, table.lines, table.where):
         cells = []
         for column in columns:
-            where = table.where | {table.lines: line, table.columns: column}
-            found = select(rows, table.experiment, where, table.figure)
-            seeds = ' '.join(f'{100 * found[seed]:.0f}' for seed in sorted(found))
-            mean = np.mean(list(found.values())) if found else np.nan
-            cells.append(f'**{in_points(mean)}** ({seeds})' if found else '')
-        if any(cells):
-            lines.append([line.replace('_', ' '), *cells])
+            found = select(rows, table.where | {table.lines: line, table.columns: column})
+            percent = {seed: 100 * share for seed, share in found.items()}
+            cells.append(f"**{mean_of(percent):.1f}** ({each(percent, '{:.0f}')})" if found else '')
+        lines.append([line.replace('_', ' '), *cells])
     return markdown([table.lines.replace('_', ' '), *columns], lines)
 
 
 def draw_losses(rows):
     """Validation loss in nats per text token, and what meta-tokens take or give."""
     lines = []
-    for model in values_of(rows, 'model', 'loss'):
-        found = select(rows, 'loss', dict(model=model), 'val_loss')
-        claim = Claim('', 'loss', dict(model=model), dict(model='gpt2'), 'val_loss')
-        _, interval = compare(rows, claim)
+    for model in values_of(rows, 'model', dict(experiment='loss')):
+        one, other = (dict(experiment='loss', model=name) for name in (model, 'gpt2'))
+        found = select(rows, one, 'val_loss')
+        _, interval = compare(rows, Claim('', '', ((1, one), (-1, other)), figure='val_loss'))
         less = '{:+.4f} ({:+.4f} to {:+.4f})'.format(*interval) if interval else ''
-        seeds = ' '.join(f'{found[seed]:.3f}' for seed in sorted(found))
-        lines.append([model, f'{np.mean(list(found.values())):.4f}', seeds, less])
+        lines.append([model, f'{mean_of(found):.4f}', each(found, '{:.3f}'), less])
     return markdown(['model', 'nats', 'seeds', 'against gpt2 (95%)'], lines)
 
 
+def shown_sum(claim, values, form):
+    """Numbers in the unit of a claim: points of exact match, or nats and such."""
+    if claim.figure == 'exact_match':
+        return [form.format(100 * x) for x in values]
+    return [form.replace('.1f', '.3f').replace('.0f', '.2f').format(x) for x in values]
+
+
 def draw_claims(rows):
+    """Every claim by reading, with its interval and each seed."""
     lines = []
     for claim in CLAIMS:
-        difference, interval = compare(rows, claim)
-        if len(difference):
-            seeds = ' '.join(f'{100 * x:+.0f}' for x in difference)
+        sums, interval = compare(rows, claim)
+        if len(sums):
             ends = ''
             if interval:
-                ends = '{:+.1f} ({:+.1f} to {:+.1f})'.format(*(100 * x for x in interval))
-            lines.append([claim.text, ends, seeds, f'**{verdict(interval)}**'])
-    return markdown(['claim', 'points, 95% over seeds', 'each seed', 'verdict'], lines)
+                mean, low, high = shown_sum(claim, interval, '{:+.1f}')
+                ends = f'{mean} ({low} to {high})'
+            seeds = ' '.join(shown_sum(claim, sums, '{:+.0f}'))
+            lines.append([claim.text, claim.reading, ends, seeds, f'**{verdict(interval)}**'])
+    return markdown(['claim', 'reading', 'in its favour, 95% over seeds', 'each seed', 'verdict'],
+                    lines)
 
 
-def draw_inside(rows):
+def draw_verdicts(rows):
+    """A line for each claim: its command, and its verdict by reading."""
+    lines = []
+    for text, claims in itertools.groupby(CLAIMS, lambda claim: claim.text):
+        words = {}
+        for claim in claims:
+            sums, interval = compare(rows, claim)
+            if len(sums) > 1:
+                words.setdefault(verdict(interval), []).append(claim.reading)
+        if words:
+            cell = '; '.join(f"**{word}** ({', '.join(readings)})"
+                             for word, readings in words.items())
+            lines.append([text, f'`{claim.command}`', cell])
+    return markdown(['claim', 'command', 'verdict'], lines)
+
+
+def draw_inside(rows, after=''):
     lines = []
     for experiment in 'sharpening', 'caching':
-        found = [row for row in rows if row['experiment'] == experiment]
-        kinds = [(row.get('reading'), row['of'], row.get('against'), row['model']) for row in found]
-        for reading, of, other, model in dict.fromkeys(kinds):
-            where = dict(of=of, model=model)
+        where = dict(experiment=experiment + after)
+        kinds = dict.fromkeys((row.get('reading'), row['of'], row.get('against'), row['model'])
+                              for row in rows if where.items() <= row.items())
+        for reading, of, other, model in kinds:
+            row = where | dict(of=of, model=model)
             if reading:
-                where |= dict(reading=reading, against=other)
-            seeds = select(rows, experiment, where, 'mean')
-            shown = ' '.join(f'{seeds[seed]:+.3f}' for seed in sorted(seeds))
+                row |= dict(reading=reading, against=other)
+            sign = -1 if of == 'entropy' else 1  # the paper: it falls
+            _, interval = compare(rows, Claim('', '', ((sign, row),), figure='mean'))
+            found = select(rows, row, 'mean')
             what = f'{reading}: {of} against {other}' if reading else of
-            lines.append([what, model, f'{np.mean(list(seeds.values())):+.3f}', shown])
-    return markdown(['change', 'model', 'mean', 'seeds'], lines)
+            lines.append([what, model, f'{mean_of(found):+.3f}', each(found, '{:+.2f}'),
+                          f'**{verdict(interval)}**'])
+    return markdown(['change', 'model', 'mean', 'seeds', 'as the paper says'], lines)
 
 
-def draw_recall_tokens(rows):
+def draw_recall_tokens(rows, experiment):
     """Loss in nats without meta-tokens in the text, and with as many as in training."""
-    lines = []
-    for model in values_of(rows, 'model', 'recall_tokens'):
-        for n_meta in values_of(rows, 'n_meta', 'recall_tokens'):
+    lines, where = [], dict(experiment=experiment)
+    for model in values_of(rows, 'model', where):
+        for n_meta in values_of(rows, 'n_meta', where | dict(model=model)):
             cells = []
             for figure in 'nats', 'nats_seen_bigram', 'nats_new_bigram':
-                found = select(rows, 'recall_tokens', dict(model=model, n_meta=n_meta), figure)
-                if found:
-                    seeds = ' '.join(f'{found[seed]:.3f}' for seed in sorted(found))
-                    cells.append(f'**{np.mean(list(found.values())):.4f}** ({seeds})')
-            if cells:
-                lines.append([model, n_meta, *cells])
+                found = select(rows, where | dict(model=model, n_meta=n_meta), figure)
+                cells.append(f"**{mean_of(found):.4f}** ({each(found, '{:.3f}')})")
+            lines.append([model, n_meta, *cells])
     return markdown(['model', 'meta-tokens a window', 'all', 'seen bigrams', 'new bigrams'], lines)
 
 
+def draw_positions(rows):
+    """Loss in nats by position, beyond the trained length too."""
+    lines, where = [], dict(experiment='positions')
+    for model in values_of(rows, 'model', where):
+        for n_meta in values_of(rows, 'n_meta', where | dict(model=model)):
+            one, cells = where | dict(model=model, n_meta=n_meta), []
+            places = values_of(rows, 'position', one)
+            for position in places:
+                found = select(rows, one | dict(position=position), 'nats')
+                cells.append(f"**{mean_of(found):.3f}** ({each(found, '{:.2f}')})")
+            lines.append([model, n_meta, *cells])
+    return markdown(['model', 'meta-tokens a window', 'positions 0-127', '128-255', '256-383',
+                     '384-511'], lines)
+
+
 def draw_rate_distortion(rows):
+    """The difference in nats at equal rate, of all seeds; below 0 the meta-token tells more."""
+    lines, found = [], [row for row in rows if row['experiment'] == 'rate_distortion']
+    for model, curve, other in dict.fromkeys(
+            (row['model'], row['curve'], row['against']) for row in found if 'lower' in row):
+        where = dict(experiment='rate_distortion', model=model, curve=curve, against=other)
+        difference = select([row for row in found if 'lower' in row], where, 'difference')
+        _, interval = compare(found, Claim('', '', ((-1, where),), figure='difference'))
+        lines.append([model, curve, other, each(difference, '{:+.3f}'),
+                      f'**{verdict(interval)}**'])
+    return markdown(['model', 'curve', 'against', 'nats, by seed', 'lower'], lines)
+
+
+def draw_by_chance(rows):
+    """The paper's 50 examples, drawn again and again: how often a curve is lower everywhere."""
     lines = []
-    for model in values_of(rows, 'model', 'rate_distortion'):
-        for curve in values_of(rows, 'curve', 'rate_distortion'):
-            where = dict(model=model, curve=curve)
-            lower = select(rows, 'rate_distortion', where, 'lower')
-            lines.append([model, curve, ', '.join(lower[seed] for seed in sorted(lower))])
-    return markdown(['model', 'curve', 'lower than the last text token, by seed'], lines)
+    found = [row for row in rows if row['experiment'] == 'rate_distortion' and 'draws' in row]
+    for model, curve, other in dict.fromkeys(
+            (row['model'], row['curve'], row['against']) for row in found):
+        where = dict(model=model, curve=curve, against=other)
+        counts = select(found, where, 'strictly_lower')
+        lines.append([model, curve, 'itself' if curve == other else other, each(counts, '{}')])
+    draws = found[0]['draws'] if found else ''
+    return markdown(['model', 'curve', 'against', f'lower in so many of {draws} draws, by seed'],
+                    lines)
 
 
 def how_much_18_prompts_show(rows):
@@ -566,7 +754,8 @@ def how_much_18_prompts_show(rows):
     """
     rng, often = np.random.default_rng(0), []
     for row in rows:
-        if row['experiment'] == 'recall' and 0.1 < row['exact_match'] < 0.9:
+        of_lists = row['experiment'] == 'recall' and row['task'] == 'list_recall'
+        if of_lists and 0.1 < row['exact_match'] < 0.9:
             right = round(row['exact_match'] * row['n'])
             drawn = rng.hypergeometric(right, row['n'] - right, 18, size=(2, 10_000))
             often.append((np.abs(drawn[0] - drawn[1]) >= 2).mean())
@@ -579,11 +768,15 @@ def how_much_18_prompts_show(rows):
 
 def sections(rows):
     """{name: text} of all that README shows between its markers."""
+    rows = with_references(rows)
     drawn = {name: draw_table(rows, table) for name, table in TABLES.items()}
-    return drawn | dict(loss=draw_losses(rows), claims=draw_claims(rows), inside=draw_inside(rows),
-                        recall_tokens=draw_recall_tokens(rows),
-                        rate_distortion=draw_rate_distortion(rows),
-                        chance=how_much_18_prompts_show(rows))
+    return drawn | dict(
+        verdicts=draw_verdicts(rows), claims=draw_claims(rows), loss=draw_losses(rows),
+        inside=draw_inside(rows), inside_taught=draw_inside(rows, ' after list_recall'),
+        recall_tokens=draw_recall_tokens(rows, 'recall_tokens'),
+        books=draw_recall_tokens(rows, 'books'), positions=draw_positions(rows),
+        rate_distortion=draw_rate_distortion(rows), by_chance=draw_by_chance(rows),
+        chance=how_much_18_prompts_show(rows))
 
 
 def fill(text, rows):
@@ -594,29 +787,50 @@ def fill(text, rows):
     return text
 
 
-def draw_seeds(rows, table, models):
-    """A panel for each column of a table: a dot for each seed, a bar for their mean."""
-    columns = values_of(rows, table.columns, table.experiment)
-    figure = new_figure(2 + 2 * len(columns), 3.2)
-    axes = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
-    for ax, column in zip(axes, columns):
+def draw_recall(rows):
+    """A panel for each model: a line for each seed, a thick one for their mean."""
+    models = 'meta', 'pause', 'gpt2', 'same-size'
+    figure = new_figure(9, 3.2)
+    for ax, model in zip(figure.subplots(1, len(models), sharey=True), models):
+        where = RECALL | dict(model=model)
+        lengths = values_of(rows, 'length', where)
+        by_length = [100 * np.array(list(select(rows, where | dict(length=n)).values()))
+                     for n in lengths]
+        x = [str(n) for n in lengths]
+        ax.plot(x, by_length, color='0.6', lw=1)
+        mean = [values.mean() for values in by_length]
+        ax.plot(x, mean, 'ko-', lw=2.5)
+        for n, y in zip(x, mean):
+            ax.annotate(f'{y:.0f}', (n, y), (6, 6), textcoords='offset points')
+        ax.set(title=model, xlabel='tokens of the prompt', ylim=(0, 105))
+        ax.margins(x=0.15)
+    figure.axes[0].set_ylabel('right answers (%)')
+    return figure
+
+
+def draw_markers(rows):
+    """A panel for each place of the marks: a dot for each seed, a bar for their mean."""
+    models, rows = ('meta', 'pause', 'gpt2'), with_references(rows)
+    places = values_of(rows, 'markers', MARKS)
+    figure = new_figure(2 + 2 * len(places), 3.2)
+    for ax, place in zip(figure.subplots(1, len(places), sharey=True, squeeze=False)[0], places):
         for x, model in enumerate(models):
-            where = table.where | {'model': model, table.columns: column}
-            y = 100 * np.array(list(select(rows, table.experiment, where, table.figure).values()))
+            found = select(rows, MARKS | dict(model=model, markers=place))
+            y = 100 * np.array(list(found.values()))
             if len(y):
-                ax.bar(x, y.mean(), color=f'C{x}', alpha=0.35)
-                ax.plot(x + np.linspace(-0.2, 0.2, len(y)), y, 'o', color=f'C{x}', ms=4)
-        ax.set(title=f"{table.columns.replace('_', ' ')} {column}", ylim=(0, 103))
-        ax.set_xticks(range(len(models)), models, rotation=30)
-    axes[0].set_ylabel('exact match (%)')
+                ax.bar(x, y.mean(), color='0.8')
+                ax.plot(x + np.linspace(-0.2, 0.2, len(y)), y, 'ko', ms=4)
+        ax.set(title=f'--markers={place}', ylim=(0, 105))
+        ax.set_xticks(range(len(models)), models)
+    figure.axes[0].set_ylabel('right answers at 64 tokens (%)')
     return figure
 
 
 def draw_pictures(rows, folder):
-    for name, models in (('recall', ('meta', 'pause', 'gpt2', 'same-size')),
-                         ('markers', ('meta', 'pause', 'gpt2'))):
-        if any(row['experiment'] == name for row in rows):
-            figure = draw_seeds(rows, TABLES[name], models)
+    measured = {row['experiment'] for row in rows}
+    for name, draw in dict(recall=draw_recall, markers=draw_markers).items():
+        if name in measured:
+            figure = draw(rows)
             replace_file(folder / f'{name}.png',
                          lambda path: figure.savefig(path, format='png', dpi=120))
 
@@ -632,11 +846,18 @@ def list_experiments(bench, names):
             while training:
                 runs[training.out_dir] = training
                 training = training.start
-        minutes = sum(MINUTES[t.command[0]] for t in runs.values() if not t.done)
+        minutes = sum(minutes_of(training) for training in runs.values() if not training.done)
         minutes += MINUTES['evaluate.py'] * len(left)
         doc = ' '.join(EXPERIMENTS[name].__doc__.split()).split('. ')[0]
         print(f'{name:14} {len(wanted) - len(left):3} of {len(wanted):3} measured, '
               f'{minutes / 2:4.0f} minutes left on two cores   {doc}')
+
+
+def minutes_of(training):
+    """As long as its script takes; with longer prompts than 64 tokens more."""
+    length = re.search('--train_length=(\\d+)', shown(training.command))
+    longer = max(int(length[1]) / 64, 1) if length else 1
+    return longer * MINUTES[training.command[0]]
 
 
 def measure_all(bench, todo):
