@@ -931,8 +931,9 @@ def draw_attention(results):
         ax.imshow(r['looked'], cmap='Greys', vmin=0, aspect='auto')
         ax.set_xticks(range(len(words)), words, fontsize=8)
         ax.set_yticks(range(len(r['looked'])))
-        ax.set(ylabel='block', title=f"{r['model']}: the last token looks most at {words[place]} "
-               f"at {place}, in block {block} ({r['looked'][block, place]:.0%})")
+        ax.set_ylabel('block')
+        ax.set_title(f"{r['model']}: the last token looks most at\n{words[place]} at {place}, in "
+                     f"block {block} ({r['looked'][block, place]:.0%})", fontsize=10)
         if 'among' not in r or not r['meta_at']:
             why = 'no meta-token in the prompt' if 'among' in r else 'no meta-attention'
             below.text(0.5, 0.5, why, ha='center')
