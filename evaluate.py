@@ -1211,8 +1211,8 @@ def draw_rate_distortion(results):
                     **line_style(n))
     ax.axvline(results['most'], color='0.6', lw=1, label='the verdict counts rates up to here')
     text, before, *_ = (found['lower'] for found in results['verdicts'])
-    ax.set(title=f'is the last meta-token lower than the last text token? {text}; '
-                 f'than the one before it? {before}',
+    ax.set(title=f'Is the last meta-token lower than the last text token? {text}.\n'
+                 f'Than the text token before it? {before}.',
            xlabel='rate (nats kept of the hidden state)',
            ylabel='distortion (nats of uncertainty about the target)')
     ax.grid(alpha=0.3)

@@ -11,7 +11,7 @@ Every run is a command line of the five files, and is printed. It trains under o
 resumed if it was cut off. What it finds becomes rows of assets/results.json, each with the command
 that made it. A command that has its rows is not run again. README's tables are drawn from the rows.
 """
-import argparse, csv, itertools, json, os, platform, re, subprocess, sys, threading, time
+import argparse, csv, itertools, json, os, platform, re, shutil, subprocess, sys, threading, time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -68,6 +68,7 @@ class Measurement(NamedTuple):
     training: Training
     command: tuple      # of evaluate.py, or empty where the training's own log tells
     read: Callable      # out_dir -> [row]
+    others: tuple = ()  # trainings that the command names beside it
 
     @property
     def name(self):
@@ -132,7 +133,8 @@ class Bench:
     def measure(self, measurement):
         """Runs what a measurement needs, and adds its rows."""
         training = measurement.training
-        self.train(training)
+        for wanted in (training, *measurement.others):
+            self.train(wanted)
         with self.running[training.out_dir]:
             if measurement.command:
                 run(measurement.command)
@@ -231,6 +233,17 @@ def read_positions(out_dir):
     return [dict(n_meta=r['n_meta'], position=position, nats=float(np.log(perplexity)))
             for r in found(out_dir, 'perplexity-stdlib')['results']
             for position, perplexity in zip(r['positions'], r['perplexity_by_position'])]
+
+
+def read_attention(out_dir):
+    """In each block, what the last token of the prompt looks at most."""
+    rows = []
+    for r in found(out_dir, 'attention'):
+        for block, weights in enumerate(r['looked']):
+            place = int(np.argmax(weights))
+            rows.append(dict(of=r['model'], block=block, looks_at=place, token=r['tokens'][place],
+                             weight=weights[place]))
+    return rows
 
 
 def read_rate_distortion(out_dir):
@@ -411,10 +424,22 @@ def table1(bench, seed):
                      yarn_scale=scale, train_length=train_length)
 
 
+def mechanism(bench, seed):
+    """What the token that predicts the answer looks at, in one prompt: a picture."""
+    if seed == SEEDS[0]:
+        meta, pause = (tested(bench, '', model, seed, 'list_recall').training
+                       for model in ('meta', 'pause'))
+        command = ('evaluate.py', 'attention',
+                   f'--ckpt={meta.out_dir}/best.pt,{pause.out_dir}/best.pt')
+        about = dict(experiment='mechanism', seed=seed)
+        yield Measurement(about, meta, command, read_attention, others=(pause,))
+
+
 EXPERIMENTS = dict(recall=recall, loss=loss, recall_tokens=recall_tokens, books=books,
-                   inside=inside, inside_taught=inside_taught, rate_distortion=rate_distortion,
-                   markers=markers, table1=table1, hard_tasks=hard_tasks, hybrid=hybrid,
-                   placement=placement, train_length=train_length, recall_more=recall_more)
+                   inside=inside, inside_taught=inside_taught, mechanism=mechanism,
+                   rate_distortion=rate_distortion, markers=markers, table1=table1,
+                   hard_tasks=hard_tasks, hybrid=hybrid, placement=placement,
+                   train_length=train_length, recall_more=recall_more)
 
 
 def measurements(bench, name):
@@ -826,7 +851,19 @@ def draw_markers(rows):
     return figure
 
 
-def draw_pictures(rows, folder):
+PICTURES = {  # that evaluate.py drew, of the first seed
+    'caching': 'meta-{seed}/eval/caching.png',
+    'sharpening': 'meta-{seed}/eval/sharpening.png',
+    'rate_distortion': 'meta-{seed}-list_recall/eval/rate_distortion.png',
+    'mechanism': 'meta-{seed}-list_recall/eval/attention.png',
+}
+
+
+def draw_pictures(rows, folder, out):
+    for name, drawn in PICTURES.items():
+        path = out / drawn.format(seed=SEEDS[0])
+        if path.exists():
+            replace_file(folder / f'{name}.png', partial(shutil.copy, path))
     measured = {row['experiment'] for row in rows}
     for name, draw in dict(recall=draw_recall, markers=draw_markers).items():
         if name in measured:
@@ -836,16 +873,19 @@ def draw_pictures(rows, folder):
 
 # ------------------------------------------------------------------------------
 
+def all_trainings(measurement):
+    """Those that it needs, and those that these begin from."""
+    for training in (measurement.training, *measurement.others):
+        while training:
+            yield training
+            training = training.start
+
+
 def list_experiments(bench, names):
     for name in names:
         wanted = measurements(bench, name)
         left = [m for m in wanted if not bench.has(m)]
-        runs = {}
-        for m in left:
-            training = m.training
-            while training:
-                runs[training.out_dir] = training
-                training = training.start
+        runs = {t.out_dir: t for m in left for t in all_trainings(m)}
         minutes = sum(minutes_of(training) for training in runs.values() if not training.done)
         minutes += MINUTES['evaluate.py'] * len(left)
         doc = ' '.join(EXPERIMENTS[name].__doc__.split()).split('. ')[0]
@@ -885,7 +925,7 @@ def main():
         readme = ROOT / 'README.md'
         text = fill(readme.read_text(), bench.rows)
         replace_file(readme, lambda path: path.write_text(text))
-    draw_pictures(bench.rows, bench.path.parent)
+    draw_pictures(bench.rows, bench.path.parent, bench.out)
 
 
 if __name__ == '__main__':

@@ -6,8 +6,8 @@ What a training step costs, and with --mode=generate a token, for random weights
 
 plain is GPT-2. gather adds meta-attention as it runs, dense as the paper writes it. all_logits is
 gather with the loss over all rows at once. The models take turns, so a machine that slows down
-does so for all. Either mode takes about ten minutes on two cores. Generation also leaves its
-times and a picture in out/eval/.
+does so for all. Either mode takes about ten minutes on two cores. Its times and a picture go to
+out/eval/.
 """
 import math, re, runpy, sys, time
 from concurrent.futures import ProcessPoolExecutor
@@ -173,7 +173,7 @@ def peak_memory(name, cfg):
 # Training
 
 def speed_of_training(cfg, machine):
-    """Prints what a step of each model takes, and where the time of gather goes."""
+    """Prints, writes and draws what a step of each model takes, and where gather's time goes."""
     names = cfg.models.split(',') + ['nanoGPT'] * bool(cfg.nanogpt)
     n_meta, n_tokens = meta_count(cfg.block_size, cfg.meta_rate), cfg.batch_size * cfg.block_size
     print(f'{cfg.batch_size} x {cfg.block_size} tokens a step, {n_meta} of {cfg.block_size} '
@@ -200,6 +200,8 @@ def speed_of_training(cfg, machine):
         flops = nets['gather'].flops_per_token(cfg.block_size, n_meta) * n_tokens
         report_rate(flops, np.median(times['gather']), best)
         report_operations(steps['gather'], machine)
+    rows = [dict(model=name, times=t) for name, t in times.items()]
+    write_results('out/speed', 'training', rows, draw_steps(times, machine.name))
 
 
 def report_steps(times, memory, n_tokens):
@@ -225,6 +227,21 @@ def report_operations(step, machine):
     cost = {op.key: getattr(op, kind) for op in profile.key_averages()}
     largest, total = sorted(cost, key=cost.get, reverse=True)[:8], sum(cost.values())
     print('where its time goes:', ', '.join(f'{op} {cost[op] / total:.0%}' for op in largest))
+
+
+def draw_steps(times, machine_name):
+    """A bar for each model, with its time and how many times the first one's that is."""
+    medians = [float(np.median(t)) for t in times.values()]
+    first, *_ = times
+    figure = new_figure(7, 1 + 0.5 * len(times))
+    ax = figure.subplots()
+    bars = ax.barh(list(times), medians, color='0.7')
+    labels = [f'{t:.3g} s, {t / medians[0]:.2f} times {first}' for t in medians]
+    ax.bar_label(bars, labels, padding=4)
+    ax.invert_yaxis()
+    ax.margins(x=0.35)
+    ax.set(xlabel='a training step (seconds, median)', title=machine_name)
+    return figure
 
 # ------------------------------------------------------------------------------
 # Generation

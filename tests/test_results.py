@@ -64,8 +64,8 @@ def test_a_claim_may_have_four_terms():
                                   ('gpt2', 32, (0.1, 0.2)), ('gpt2', 64, (0.2, 0.3))):
         rows += [dict(model=model, train_length=length, seed=seed, exact_match=x)
                  for seed, x in enumerate(values)]
-    terms = [(weight * sign, dict(model=model, train_length=length))
-             for weight, model in ((1, 'meta'), (-1, 'gpt2')) for sign, length in ((1, 64), (-1, 32))]
+    terms = [(1, dict(model='meta', train_length=64)), (-1, dict(model='meta', train_length=32)),
+             (-1, dict(model='gpt2', train_length=64)), (1, dict(model='gpt2', train_length=32))]
     sums, _ = results.compare(rows, Claim('', '', terms))
     np.testing.assert_allclose(sums, [0.2, 0.1])
 
@@ -96,11 +96,9 @@ def test_every_command_is_of_the_five_files():
         for m in results.measurements(bench, experiment):
             assert m.name not in names
             names.add(m.name)
-            training = m.training
-            while training:
+            for training in results.all_trainings(m):
                 assert folders.setdefault(training.out_dir, training.command) == training.command
                 assert training.command[0] in ('train.py', 'finetune.py')
-                training = training.start
     assert len(names) > 200
 
 

@@ -69,7 +69,7 @@ def number(cell):
 # ------------------------------------------------------------------------------
 # Training
 
-def test_training(cli, nanogpt):
+def test_training(cli, nanogpt, tmp_path):
     """Three of the models, as each is a new process; test_one_step_of_every_model has all."""
     result = cli('tests/speed.py', *TINY, nanogpt, '--batch_size=2', '--models=gather,dense')
     head, *rows = table(result.stdout)
@@ -87,6 +87,9 @@ def test_training(cli, nanogpt):
     where = result.stdout.split('where its time goes: ')[1]
     assert 'aten::' in where and '%' in where
     assert 'number of parameters' not in result.stdout
+    times = json.loads((tmp_path / 'out/eval/training.json').read_text())
+    assert [row['model'] for row in times] == ['gather', 'dense', 'nanoGPT']
+    assert (tmp_path / 'out/eval/training.png').exists()
 
 
 def test_one_step_of_every_model(monkeypatch):
