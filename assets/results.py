@@ -470,23 +470,29 @@ def better(model, other, **where):
     return (1, RECALL | where | dict(model=model)), (-1, RECALL | where | dict(model=other))
 
 
-def at_lengths(text, model, other):
-    return [Claim(text, f'{length} tokens', better(model, other, length=length), TASKS)
+def at_lengths(text, model, other, command=''):
+    return [Claim(text, f'{length} tokens', better(model, other, length=length), command)
             for length in (64, 128)]
 
 
-def sharper(reading, model='meta'):
-    row = dict(experiment='sharpening', model=model, reading=reading, of='entropy',
+def sharper(where, reading):
+    row = dict(experiment='sharpening', model='meta', reading=reading, of='entropy',
                against='zeroed embeddings')
-    return Claim('Meta-tokens sharpen attention (Fig. 2)', reading, ((-1, row),),
-                 'evaluate.py sharpening', 'mean')
+    return Claim('They sharpen attention (Fig. 2)', where, ((-1, row),), 'evaluate.py sharpening',
+                 'mean')
 
 
-def tells_more_than(text_token):
-    row = dict(experiment='rate_distortion', model='meta', curve='last meta-token',
-               against=text_token)
-    return Claim('The last meta-token tells more per nat', f'than the {text_token}', ((-1, row),),
-                 'evaluate.py rate_distortion', 'difference')
+def tells_more(text, text_token, *signs_and_models, command=''):
+    row = dict(experiment='rate_distortion', curve='last meta-token', against=text_token)
+    terms = tuple((sign, row | dict(model=model)) for sign, model in signs_and_models)
+    return Claim(text, f'than the {text_token}', terms, command, 'difference')
+
+
+def lower_loss(reading, experiment, n_meta, command=''):
+    """Of meta against gpt2, which never has meta-tokens in its text."""
+    meta, gpt2 = (dict(experiment=experiment, model=model) for model in ('meta', 'gpt2'))
+    return Claim('They lower the loss of plain text (PG19)', reading,
+                 ((1, gpt2), (-1, meta | dict(n_meta=n_meta))), command, 'nats')
 
 
 def more_by_longer_training(model, weight):
@@ -512,42 +518,51 @@ def marked(where):
 MARKS = dict(RECALL, experiment='markers', length=64)
 CLAIMS = [
     # the paper's
-    *at_lengths('Meta-tokens with meta-attention help list recall (Fig. 1)', 'meta', 'gpt2'),
-    Claim('Longer prompts in training lift it more (Fig. 1)', 'from 32 to 64',
+    *at_lengths('Meta-tokens help list recall (Fig. 1)', 'meta', 'gpt2', TASKS),
+    Claim('More so by longer prompts in training (Fig. 1)', '64 for 32',
           (*more_by_longer_training('meta', 1), *more_by_longer_training('gpt2', -1)), TASKS),
-    *[Claim('It is better in a window stretched by YaRN (Table 1)', f'{length} tokens',
+    *[Claim('More so in a window stretched by YaRN (Table 1)', f'{length} tokens',
             stretched_to_256(length), TASKS) for length in (128, 256)],
-    Claim("Zeroing meta-tokens' position helps (Table 2)", '128 tokens', zeroed('position', 128),
-          TASKS),
+    Claim('Zeroing their position helps (Table 2)', '128 tokens', zeroed('position', 128), TASKS),
     Claim('Zeroing their embedding hurts (Table 2)', '64 tokens',
           tuple((-weight, row) for weight, row in zeroed('embedding', 64)), TASKS),
-    sharper('attention at text tokens'), sharper('attention at meta-tokens'),
-    sharper('meta-attention'), sharper('output at meta-tokens'),
-    Claim('They cache what stood before them (Fig. 2)', 'more than text tokens do',
+    sharper('at text tokens', 'attention at text tokens'),
+    sharper('at meta-tokens', 'attention at meta-tokens'),
+    sharper('in meta-attention', 'meta-attention'),
+    sharper('in the output', 'output at meta-tokens'),
+    Claim('They cache what stood before (Fig. 2)', 'more than text does',
           ((1, dict(experiment='caching', model='meta', of='fades more than at text tokens')),),
           'evaluate.py caching', 'mean'),
-    tells_more_than('last text token'), tells_more_than('text token before it'),
-    Claim('They lower the loss of language modelling (PG19)', 'same steps, source text',
-          ((1, dict(experiment='loss', model='gpt2')), (-1, dict(experiment='loss', model='meta'))),
-          'train.py', 'val_loss'),
+    *[tells_more('They tell more per nat (rate-distortion)', token, (-1, 'meta'),
+                 command='evaluate.py rate_distortion')
+      for token in ('last text token', 'text token before it')],
+    *[lower_loss(reading, experiment, 26, 'evaluate.py perplexity')
+      for reading, experiment in (('source', 'recall_tokens'), ('books', 'books'))],
     # the controls
-    *at_lengths('Meta-attention helps beyond its tokens', 'meta', 'pause'),
-    *at_lengths('It helps beyond its parameters', 'meta', 'same-size'),
+    *at_lengths('Meta-attention helps beyond its tokens', 'meta', 'pause', TASKS),
+    *at_lengths('It helps beyond its parameters', 'meta', 'same-size', TASKS),
+    *[Claim('It helps wherever the marks stand', f'`{where}`', marked(where), TASKS)
+      for where in ('task', 'end', 'random', 'none')],
+    # more, for the long table
     *at_lengths('It helps beyond its seconds', 'meta', 'same-time'),
     *at_lengths('Its tokens alone help', 'pause', 'gpt2'),
-    *[Claim('It helps wherever the marks stand', f'--markers={where}', marked(where), TASKS)
-      for where in ('task', 'end', 'random', 'none')],
+    lower_loss('source, without meta-tokens in it', 'recall_tokens', 0),
+    lower_loss('books, without meta-tokens in them', 'books', 0),
     Claim('Marks help more after pre-training with meta-tokens', 'pause, gpt2',
           ((1, MARKS | dict(model='pause', markers='task')),
            (-1, MARKS | dict(model='pause', markers='none')),
            (-1, MARKS | dict(model='gpt2', markers='task')),
-           (1, MARKS | dict(model='gpt2', markers='none'))), TASKS),
+           (1, MARKS | dict(model='gpt2', markers='none')))),
+    *[tells_more('Meta-attention makes them tell more (asked after the run)', token, (-1, 'meta'),
+                 (1, 'pause'))
+      for token in ('last text token', 'text token before it')],
 ]
 
 
 def select(rows, where, figure='exact_match'):
-    """{seed: figure} of the rows that are as `where` says."""
-    return {row['seed']: row[figure] for row in rows if where.items() <= row.items()}
+    """{seed: figure} of the rows that are as `where` says, and have it."""
+    return {row['seed']: row[figure] for row in rows
+            if where.items() <= row.items() and figure in row}
 
 
 def compare(rows, claim):
@@ -683,18 +698,19 @@ def draw_claims(rows):
 
 
 def draw_verdicts(rows):
-    """A line for each claim: its command, and its verdict by reading."""
+    """A line for each claim with a command, and its verdict by reading."""
     lines = []
     for text, claims in itertools.groupby(CLAIMS, lambda claim: claim.text):
-        words = {}
+        readings = {}  # by verdict
         for claim in claims:
             sums, interval = compare(rows, claim)
-            if len(sums) > 1:
-                words.setdefault(verdict(interval), []).append(claim.reading)
-        if words:
-            cell = '; '.join(f"**{word}** ({', '.join(readings)})"
-                             for word, readings in words.items())
-            lines.append([text, f'`{claim.command}`', cell])
+            word = verdict(interval) if len(sums) else 'not run yet'
+            readings.setdefault(word, []).append(claim.reading)
+        cells = [f'**{word}**' for word in readings]
+        if len(readings) > 1:
+            cells = [f"**{word}** {', '.join(where)}" for word, where in readings.items()]
+        if claim.command:
+            lines.append([text, f'`{claim.command}`', '; '.join(cells)])
     return markdown(['claim', 'command', 'verdict'], lines)
 
 
@@ -751,7 +767,7 @@ def draw_rate_distortion(rows):
     for model, curve, other in dict.fromkeys(
             (row['model'], row['curve'], row['against']) for row in found if 'lower' in row):
         where = dict(experiment='rate_distortion', model=model, curve=curve, against=other)
-        difference = select([row for row in found if 'lower' in row], where, 'difference')
+        difference = select(found, where, 'difference')
         _, interval = compare(found, Claim('', '', ((-1, where),), figure='difference'))
         lines.append([model, curve, other, each(difference, '{:+.3f}'),
                       f'**{verdict(interval)}**'])
@@ -764,7 +780,7 @@ def draw_by_chance(rows):
     found = [row for row in rows if row['experiment'] == 'rate_distortion' and 'draws' in row]
     for model, curve, other in dict.fromkeys(
             (row['model'], row['curve'], row['against']) for row in found):
-        where = dict(model=model, curve=curve, against=other)
+        where = dict(experiment='rate_distortion', model=model, curve=curve, against=other)
         counts = select(found, where, 'strictly_lower')
         lines.append([model, curve, 'itself' if curve == other else other, each(counts, '{}')])
     draws = found[0]['draws'] if found else ''
