@@ -1,4 +1,5 @@
 """The commands that the README, the scripts' own words and their last lines propose: each works."""
+import json
 import re
 import shlex
 
@@ -11,6 +12,7 @@ import prepare
 import train
 from conftest import ROOT
 from prepare import parse_config
+from test_results import write_letters
 
 CONFIGS = {
     'train.py': (train.TrainConfig, train.PRESETS),
@@ -150,3 +152,65 @@ def test_a_curriculum_that_is_cut_short_is_mended(run, text):
     mend = re.search(r'(--phase_iters=\d+) reaches', printed)[1]
     assert 'phase 5/5' in run(f'{teach} {mend} --overwrite=True', '--max_iters=10',
                               '--log_interval=1')
+
+# ------------------------------------------------------------------------------
+# The README
+
+README = (ROOT / 'README.md').read_text()
+LESSON = README[:README.index('## Every number')]
+NOT_HERE = {  # what the README says of them: they need a network, or several processes
+    '--max_tokens=1_000_000_000': 'C4 is on the hub',
+    '--init_from=gpt2': 'test_gpt2.py reads weights of its own',
+    'torchrun': 'test_train.py starts two processes'}
+
+
+def test_readmes_commands_run_one_after_another(inside, text, tmp_path):
+    """Each as it stands there, but for a short time."""
+    write_letters(tmp_path / 'data/stdlib')
+    write_letters(tmp_path / 'data/c4')
+    (tmp_path / 'texts').mkdir()
+    lines = [json.dumps({'text': 'abc ' * 200}) for _ in range(50)]
+    (tmp_path / 'texts/a.jsonl').write_text('\n'.join(lines))
+    short = {
+        'train.py': SMALL['train.py'] + ['--batch_size=1', '--gradient_accumulation_steps=1',
+                                         '--warmup_iters=1', '--lr_decay_iters=2'],
+        'finetune.py': SMALL['finetune.py'],
+        'prepare.py': [],
+        'evaluate.py': ['--device=cpu']}
+    ran = 0
+    for line in re.findall(r'(?:torchrun|python \w+\.py)[^\n#|`]*', LESSON):
+        if any(reason in line for reason in NOT_HERE):
+            continue
+        (script, settings), = commands_in(line)
+        settings += short[script]
+        if '--init_from=resume' in settings:
+            settings = [*settings[:2], '--device=cpu']
+        if 'tasks' in settings:
+            settings.append('--n_examples=4')
+        if 'theory' in settings:
+            settings.remove('--device=cpu')
+        inside(script, *settings)
+        ran += 1
+    assert ran > 10
+
+
+def test_readme_is_a_lesson_and_no_notebook():
+    """Issue 18's limits: words and numbers before the fold-out; each code block has a language."""
+    assert len(re.findall(r'\S*\w\S*', LESSON)) <= 1900
+    assert len(re.findall(r'\d[\d,._]*', LESSON)) <= 160
+    fences = re.findall('^```(.*)$', README, re.M)
+    assert fences[1::2] == [''] * (len(fences) // 2) and all(fences[::2])
+    longest = max(len(sentence.split()) for sentence in sentences_of(LESSON))
+    assert longest < 32
+
+
+def sentences_of(markdown):
+    """The sentences of its paragraphs, without code, tables and links' addresses."""
+    prose = re.sub('```.*?```|^[|<$].*?$|`[^`]*`', '', markdown, flags=re.S | re.M)
+    prose = re.sub(r'\]\([^)]*\)', ']', prose)
+    return re.split(r'[.:;!?]\s|\n\n', prose)
+
+
+def test_readme_shows_the_block_as_it_is():
+    shown = re.search('```python\n(    def forward.*?)```', README, re.S)[1]
+    assert shown in (ROOT / 'model.py').read_text()
