@@ -201,7 +201,7 @@ def test_readme_is_a_lesson_and_no_notebook():
     fences = re.findall('^```(.*)$', README, re.M)
     assert fences[1::2] == [''] * (len(fences) // 2) and all(fences[::2])
     longest = max(len(sentence.split()) for sentence in sentences_of(LESSON))
-    assert longest < 32
+    assert longest < 21
 
 
 def sentences_of(markdown):
