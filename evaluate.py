@@ -985,7 +985,7 @@ def rate_distortion(argv):
     results = measure_rate_distortion(cfg, m, machine.device)
     report_rate_distortion(results, m, cfg)
     write_results(cfg.ckpt, 'rate_distortion', dict(settings=asdict(cfg), **results),
-                  draw_rate_distortion(results))
+                  draw_rate_distortion(results, m.name))
 
 
 def bottleneck_prompts(m, n, split, ckpt):
@@ -1201,7 +1201,7 @@ def report_rate_distortion(results, m, cfg):
               'predicts it, as it would be with words (gpt2)')
 
 
-def draw_rate_distortion(results):
+def draw_rate_distortion(results, name):
     figure = new_figure(7, 5)
     ax = figure.subplots()
     for n, (curve, found) in enumerate(results['curves'].items()):
@@ -1211,8 +1211,8 @@ def draw_rate_distortion(results):
                     **line_style(n))
     ax.axvline(results['most'], color='0.6', lw=1, label='the verdict counts rates up to here')
     text, before, *_ = (found['lower'] for found in results['verdicts'])
-    ax.set(title=f'Is the last meta-token lower than the last text token? {text}.\n'
-                 f'Than the text token before it? {before}.',
+    ax.set(title=f'{name}: is the last meta-token lower than\n'
+                 f'the last text token? {text}. The text token before it? {before}.',
            xlabel='rate (nats kept of the hidden state)',
            ylabel='distortion (nats of uncertainty about the target)')
     ax.grid(alpha=0.3)

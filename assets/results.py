@@ -14,7 +14,7 @@ that made it. A command that has its rows is not run again. README's tables are 
 import argparse, csv, itertools, json, os, platform, re, shutil, subprocess, sys, threading, time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import lru_cache, partial
 from operator import itemgetter
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -23,7 +23,8 @@ import numpy as np
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-from evaluate import markdown  # noqa: E402
+from evaluate import held_out, markdown  # noqa: E402
+from prepare import META, get_tokenizer  # noqa: E402
 from train import new_figure, replace_file  # noqa: E402
 
 SEEDS = 1337, 1338, 1339, 1340, 1341
@@ -223,9 +224,10 @@ def read_caching(out_dir):
 
 
 def read_perplexity(out_dir, text='stdlib'):
-    """Without and with meta-tokens: of all tokens, and of those that can be recalled."""
-    return pick(found(out_dir, f'perplexity-{text}')['results'], 'n_meta', 'perplexity', 'nats',
-                'nats_new_bigram', 'nats_seen_bigram', 'share_seen')
+    """Of each model, without and with meta-tokens: all tokens, and those that can be recalled."""
+    rows = pick(found(out_dir, f'perplexity-{text}')['results'], 'model', 'n_meta', 'perplexity',
+                'nats', 'nats_new_bigram', 'nats_seen_bigram', 'share_seen')
+    return [row | dict(model=row['model'].rsplit('-', 1)[0]) for row in rows]  # without the seed
 
 
 def read_positions(out_dir):
@@ -376,23 +378,23 @@ def inside_taught(bench, seed):
 
 def recall_tokens(bench, seed):
     """Does it help where plain text can be recalled: tokens that complete a bigram seen before?"""
-    for model in 'meta', 'pause', 'gpt2', 'same-size':
-        training = bench.pretrained(model, seed)
-        command = 'evaluate.py', 'perplexity', f'--ckpt={training.out_dir}/best.pt'
-        about = dict(experiment='recall_tokens', model=model, seed=seed)
-        yield Measurement(about, training, command, read_perplexity)
+    yield perplexity(bench, 'recall_tokens', seed)
 
 
 def books(bench, seed):
     """The same on whole books, for who puts plain-text books into data/books."""
-    if not (ROOT / 'data/books').exists():
-        return
-    for model in 'meta', 'pause', 'gpt2', 'same-size':
-        training = bench.pretrained(model, seed)
-        command = ('evaluate.py', 'perplexity', f'--ckpt={training.out_dir}/best.pt',
-                   '--text=data/books')
-        about = dict(experiment='books', model=model, seed=seed)
-        yield Measurement(about, training, command, partial(read_perplexity, text='books'))
+    if (ROOT / 'data/books').exists():
+        yield perplexity(bench, 'books', seed, '--text=data/books')
+
+
+def perplexity(bench, experiment, seed, *settings):
+    """Of four models in one command: so the same tokens count as recalled for all of them."""
+    trainings = [bench.pretrained(model, seed) for model in ('meta', 'pause', 'gpt2', 'same-size')]
+    paths = ','.join(f'{training.out_dir}/best.pt' for training in trainings)
+    read = partial(read_perplexity, text='books' if settings else 'stdlib')
+    return Measurement(dict(experiment=experiment, seed=seed), trainings[0],
+                       ('evaluate.py', 'perplexity', f'--ckpt={paths}', *settings), read,
+                       others=tuple(trainings[1:]))
 
 
 def rate_distortion(bench, seed):
@@ -463,7 +465,7 @@ class Claim(NamedTuple):
 
 
 RECALL = dict(experiment='recall', task='list_recall', meta_tokens='full')
-TASKS = 'evaluate.py tasks'
+TASKS = 'tasks'  # a command of evaluate.py
 
 
 def better(model, other, **where):
@@ -478,7 +480,7 @@ def at_lengths(text, model, other, command=''):
 def sharper(where, reading):
     row = dict(experiment='sharpening', model='meta', reading=reading, of='entropy',
                against='zeroed embeddings')
-    return Claim('They sharpen attention (Fig. 2)', where, ((-1, row),), 'evaluate.py sharpening',
+    return Claim('They sharpen attention (Fig. 2)', where, ((-1, row),), 'sharpening',
                  'mean')
 
 
@@ -530,18 +532,19 @@ CLAIMS = [
     sharper('at meta-tokens', 'attention at meta-tokens'),
     sharper('in meta-attention', 'meta-attention'),
     sharper('in the output', 'output at meta-tokens'),
-    Claim('They cache what stood before (Fig. 2)', 'more than text does',
-          ((1, dict(experiment='caching', model='meta', of='fades more than at text tokens')),),
-          'evaluate.py caching', 'mean'),
+    *[Claim('They cache what stood before, for text to find (Fig. 2)', reading,
+            ((1, dict(experiment='caching', model='meta', of=of)),), 'caching', 'mean')
+      for reading, of in (('near text is in them', 'fades more than at text tokens'),
+                          ('text looks at them', 'attention to meta-tokens over uniform'))],
     *[tells_more('They tell more per nat (rate-distortion)', token, (-1, 'meta'),
-                 command='evaluate.py rate_distortion')
+                 command='rate_distortion')
       for token in ('last text token', 'text token before it')],
-    *[lower_loss(reading, experiment, 26, 'evaluate.py perplexity')
+    *[lower_loss(reading, experiment, 26, 'perplexity')
       for reading, experiment in (('source', 'recall_tokens'), ('books', 'books'))],
     # the controls
     *at_lengths('Meta-attention helps beyond its tokens', 'meta', 'pause', TASKS),
     *at_lengths('It helps beyond its parameters', 'meta', 'same-size', TASKS),
-    *[Claim('It helps wherever the marks stand', f'`{where}`', marked(where), TASKS)
+    *[Claim('meta leads gpt2 wherever the marks stand', f'`{where}`', marked(where), TASKS)
       for where in ('task', 'end', 'random', 'none')],
     # more, for the long table
     *at_lengths('It helps beyond its seconds', 'meta', 'same-time'),
@@ -693,8 +696,8 @@ def draw_claims(rows):
                 ends = f'{mean} ({low} to {high})'
             seeds = ' '.join(shown_sum(claim, sums, '{:+.0f}'))
             lines.append([claim.text, claim.reading, ends, seeds, f'**{verdict(interval)}**'])
-    return markdown(['claim', 'reading', 'in its favour, 95% over seeds', 'each seed', 'verdict'],
-                    lines)
+    return markdown(['claim', 'reading', 'for it (+) or against it (-), 95%', 'each seed',
+                     'verdict'], lines)
 
 
 def draw_verdicts(rows):
@@ -711,7 +714,7 @@ def draw_verdicts(rows):
             cells = [f"**{word}** {', '.join(where)}" for word, where in readings.items()]
         if claim.command:
             lines.append([text, f'`{claim.command}`', '; '.join(cells)])
-    return markdown(['claim', 'command', 'verdict'], lines)
+    return markdown(['claim', 'evaluate.py', 'verdict'], lines)
 
 
 def draw_inside(rows, after=''):
@@ -788,6 +791,31 @@ def draw_by_chance(rows):
                     lines)
 
 
+LIST_KNOWN, PLACE_KNOWN = 'which list, not which item', 'which item, not which list'
+
+
+@lru_cache
+def guesses(length):
+    """{what a guess knows of the question: its mean share of right answers}, in list recall."""
+    tok, shares = get_tokenizer('bytes'), defaultdict(list)
+    for prompt, answer in held_out('list_recall', length, 1000, tok, 'none'):
+        text, answer = tok.decode(prompt).replace(META, ''), tok.decode(answer).strip()
+        *lines, question = text.splitlines()
+        j, asked = re.fullmatch('Item (.*) of (.*)[?]', question).groups()
+        lists = {line[0]: line[3:].split() for line in lines}
+        same_place = [items[int(j) - 1] for items in lists.values()]
+        shares[LIST_KNOWN].append(lists[asked].count(answer) / len(lists[asked]))
+        shares[PLACE_KNOWN].append(same_place.count(answer) / len(same_place))
+    return {known: float(np.mean(values)) for known, values in shares.items()}
+
+
+def draw_guesses(rows):
+    lengths = values_of(rows, 'length', RECALL)
+    lines = [[known, *[f'{100 * guesses(length)[known]:.1f}' for length in lengths]]
+             for known in (LIST_KNOWN, PLACE_KNOWN)]
+    return markdown(['a guess that knows', *lengths], lines)
+
+
 def how_much_18_prompts_show(rows):
     """
     The paper's Table 2 seems to rest on 18 prompts a cell. How often do two draws of 18 from the
@@ -809,15 +837,19 @@ def how_much_18_prompts_show(rows):
 
 def sections(rows):
     """{name: text} of all that README shows between its markers."""
-    rows = with_references(rows)
-    drawn = {name: draw_table(rows, table) for name, table in TABLES.items()}
-    return drawn | dict(
+    measured, rows = rows, with_references(rows)
+    drawn = dict(
         verdicts=draw_verdicts(rows), claims=draw_claims(rows), loss=draw_losses(rows),
         inside=draw_inside(rows), inside_taught=draw_inside(rows, ' after list_recall'),
         recall_tokens=draw_recall_tokens(rows, 'recall_tokens'),
         books=draw_recall_tokens(rows, 'books'), positions=draw_positions(rows),
         rate_distortion=draw_rate_distortion(rows), by_chance=draw_by_chance(rows),
-        chance=how_much_18_prompts_show(rows))
+        guesses=draw_guesses(rows), chance=how_much_18_prompts_show(rows))
+    for name, table in TABLES.items():
+        has_own_rows = any(table.where.items() <= row.items() for row in measured)
+        drawn[name] = draw_table(rows, table) if has_own_rows else ''
+    is_empty = {name: text.count('\n') < 3 and name != 'chance' for name, text in drawn.items()}
+    return {name: 'Not run yet.\n' if is_empty[name] else text for name, text in drawn.items()}
 
 
 def fill(text, rows):
@@ -829,7 +861,7 @@ def fill(text, rows):
 
 
 def draw_recall(rows):
-    """A panel for each model: a line for each seed, a thick one for their mean."""
+    """A panel for each model: a line for each seed, a thick one for their mean, a guess."""
     models = 'meta', 'pause', 'gpt2', 'same-size'
     figure = new_figure(9, 3.2)
     for ax, model in zip(figure.subplots(1, len(models), sharey=True), models):
@@ -841,11 +873,13 @@ def draw_recall(rows):
         ax.plot(x, by_length, color='0.6', lw=1)
         mean = [values.mean() for values in by_length]
         ax.plot(x, mean, 'ko-', lw=2.5)
+        ax.plot(x, [100 * guesses(n)[LIST_KNOWN] for n in lengths], 'k:')
         for n, y in zip(x, mean):
             ax.annotate(f'{y:.0f}', (n, y), (6, 6), textcoords='offset points')
         ax.set(title=model, xlabel='tokens of the prompt', ylim=(0, 105))
         ax.margins(x=0.15)
     figure.axes[0].set_ylabel('right answers (%)')
+    figure.axes[0].text(0, 17, 'dotted: a guess among\nthe right list\'s items', fontsize=8)
     return figure
 
 
@@ -861,9 +895,11 @@ def draw_markers(rows):
             if len(y):
                 ax.bar(x, y.mean(), color='0.8')
                 ax.plot(x + np.linspace(-0.2, 0.2, len(y)), y, 'ko', ms=4)
+        ax.axhline(100 * guesses(64)[PLACE_KNOWN], color='k', ls=':')
         ax.set(title=f'--markers={place}', ylim=(0, 105))
         ax.set_xticks(range(len(models)), models)
     figure.axes[0].set_ylabel('right answers at 64 tokens (%)')
+    figure.axes[-1].text(-0.4, 30, 'dotted: a guess that knows\nonly which item', fontsize=8)
     return figure
 
 

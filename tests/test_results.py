@@ -78,7 +78,8 @@ def test_a_difference_that_could_not_be_taken_leaves_it_unresolved():
 
 def test_every_claim_can_be_decided():
     """Its terms name rows that the experiments give: all words in them are known."""
-    bench, known = results.Bench(quick=False), {'markers': {'task'}, 'train_length': {64}}
+    known = {'markers': {'task'}, 'train_length': {64}, 'experiment': {'books'}}
+    bench = results.Bench(quick=False)
     for name in results.EXPERIMENTS:
         for m in results.measurements(bench, name):
             for key, value in m.about.items():
@@ -154,3 +155,11 @@ def test_readme_shows_what_results_json_says():
     assert '<!-- claims -->' in readme
     assert results.fill(readme, rows) == readme
     assert results.fill(readme, rows[20:]) != readme
+
+
+def test_guesses():
+    """Of letters drawn from 26, and lists of 2 to 4 items: more is known where there is less."""
+    short, long = results.guesses(32), results.guesses(128)
+    for known in results.LIST_KNOWN, results.PLACE_KNOWN:
+        assert 0.05 < long[known] < short[known] < 0.9
+    assert 1 / 4 < results.guesses(64)[results.LIST_KNOWN] < 1 / 2      # 2 to 4 items a list
