@@ -702,36 +702,47 @@ def open_run(cfg, given, inherited, presets):
         cfg = replace(cfg, preset='gpt2', **presets['gpt2'] | given)
     out_dir = Path(cfg.out_dir or f'out/{cfg.preset}')
     saved = [name for name in ('ckpt.pt', 'best.pt') if (out_dir / name).exists()]
-    holds_run = saved or (out_dir / 'config.json').exists()
-    auto = cfg.init_from == 'auto'
-    if auto:
+    if cfg.init_from == 'auto':
         start = 'resume' if saved else presets[cfg.preset].get('init_from', type(cfg).init_from)
         given = given | dict(init_from=start)
         cfg = replace(cfg, init_from=start)
-    resume = cfg.init_from == 'resume'
-    if holds_run and not (resume or auto or cfg.overwrite or cfg.eval_only):
-        go_on = 'it has no checkpoint yet'
-        if saved:
-            go_on = f'go on with it (--init_from=resume --out_dir={out_dir})'
-        raise UserError(f'{out_dir} holds a run: {go_on}, write elsewhere (--out_dir=out/NAME), or '
-                        'replace it (--overwrite=True)')
+    elif cfg.init_from != 'resume' and not (cfg.overwrite or cfg.eval_only):
+        refuse_to_replace(out_dir, saved)
+
+    if cfg.init_from == 'resume':
+        cfg, checkpoint = go_on(cfg, given, out_dir, saved)
+        return cfg, checkpoint, out_dir
     if cfg.init_from == 'scratch':
         return settle(cfg, given), None, out_dir
-    if is_gpt2(cfg.init_from) and out_dir.resolve() in (Path(cfg.init_from).resolve(),
-                                                        Path(cfg.init_from).resolve().parent):
+    weights = Path(cfg.init_from).resolve()
+    if is_gpt2(cfg.init_from) and out_dir.resolve() in (weights, weights.parent):
         raise UserError(f'--out_dir={out_dir} holds the weights: write elsewhere')
-    path = Path(cfg.init_from)
-    if resume:  # a run that was killed between its two files may have best.pt alone
-        path = out_dir / (saved[0] if saved else 'ckpt.pt')
+    checkpoint = load_start(Path(cfg.init_from))
+    old = {key: value for key, value in checkpoint['config'].items() if key in inherited}
+    settings = old | presets[cfg.preset] | given
+    return settle(replace(cfg, **settings), given), checkpoint, out_dir
+
+
+def refuse_to_replace(out_dir, saved):
+    """saved: the checkpoints in out_dir."""
+    if saved:
+        ways = f'go on with it (--init_from=resume --out_dir={out_dir})'
+    elif (out_dir / 'config.json').exists():
+        ways = 'it has no checkpoint yet'
+    else:
+        return
+    raise UserError(f'{out_dir} holds a run: {ways}, write elsewhere (--out_dir=out/NAME), or '
+                    'replace it (--overwrite=True)')
+
+
+def go_on(cfg, given, out_dir, saved):
+    """(cfg, checkpoint) of a run that goes on. MAY_CHANGE are the settings that may be new."""
+    path = out_dir / (saved or ['ckpt.pt'])[0]  # after a kill, best.pt may be there alone
     checkpoint = load_start(path)
     old = checkpoint['config']
-    if not resume:
-        old = {key: old[key] for key in inherited if key in old} | presets[cfg.preset]
     if unknown := old.keys() - asdict(cfg).keys():
         raise UserError(f"{out_dir} holds a run of another script: it has {', '.join(unknown)}")
     cfg = settle(replace(cfg, **old | given), given)
-    if not resume:
-        return cfg, checkpoint, out_dir
     for key, value in old.items():
         if getattr(cfg, key) != value and key not in MAY_CHANGE:
             raise UserError(f'--{key}={getattr(cfg, key)}: the run in {out_dir} has {value}, and '
@@ -739,7 +750,7 @@ def open_run(cfg, given, inherited, presets):
     if rows_of_a_step(asdict(cfg)) != rows_of_a_step(old):
         raise UserError(f'a step of the run in {out_dir} has {rows_of_a_step(old)} rows: '
                         '--batch_size times --gradient_accumulation_steps must stay that')
-    return cfg, checkpoint, out_dir
+    return cfg, checkpoint
 
 
 def settle(cfg, given):
