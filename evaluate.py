@@ -733,43 +733,49 @@ def cosines_by_distance(x, here, is_meta, distance):
     return np.bincount(apart, cosine, T), np.bincount(apart, minlength=T)
 
 
+def look_at_rows(model, idx):
+    """
+    Of each row of idx (n_rows, T), and after each of L blocks: the sums and numbers of cosines by
+    distance, at meta-tokens and at text, (2, 2, L, n_rows, T); the attention that text gives to
+    meta-tokens, (n_rows, L); and what uniform attention would give them, (n_rows,).
+    """
+    (n_rows, T), L = idx.shape, model.config.n_layer
+    cosines, looked, uniform = np.zeros((2, 2, L, n_rows, T)), np.zeros((n_rows, L)), []
+    distance = torch.arange(T)[:, None] - torch.arange(T)           # from a token back to another
+    for n, row in enumerate(idx):
+        is_meta = (row == model.config.meta_id).cpu()               # (T,)
+        is_text = ~is_meta
+        share = is_meta.cumsum(0) / torch.arange(1, T + 1)          # of what each token sees
+        uniform.append(share[is_text].mean())
+        for layer, seen in enumerate(look_inside(model, row[None])):
+            weights = causal_logits(seen).softmax(-1)[0]            # (n_head, T, T)
+            to_meta = weights.mean(dim=0).cpu()[:, is_meta].sum(dim=1)  # (T,)
+            looked[n, layer] = to_meta[is_text].mean()
+            for kind, here in enumerate((is_meta, is_text)):
+                found = cosines_by_distance(seen.output[0], here, is_meta, distance)
+                cosines[:, kind, layer, n] = found
+    return cosines, looked, np.array(uniform)
+
+
 def measure_caching(model, idx):
     """
     Intervals over the rows, as {'mean', 'low', 'high'}. curves: cosine by distance, of a block's
     output, for meta-tokens and text tokens; fading: near less far, (2, L); more: by how much it
     fades more at meta-tokens, in the last block; attention_to_meta (L,); over_uniform.
     """
-    (n_rows, T), L = idx.shape, model.config.n_layer
-    sums = np.zeros((2, 2, L, n_rows, T))  # sums and counts; at meta-tokens and text
-    looked, uniform = np.zeros((n_rows, L)), np.zeros(n_rows)       # attention given to meta-tokens
-    distance = torch.arange(T)[:, None] - torch.arange(T)           # from a token back to another
-    for n, row in enumerate(idx):
-        is_meta = (row == model.config.meta_id).cpu()               # (T,)
-        is_text = ~is_meta
-        share = is_meta.cumsum(0) / torch.arange(1, T + 1)          # of what each token sees
-        uniform[n] = share[is_text].mean()
-        for layer, seen in enumerate(look_inside(model, row[None])):
-            weights = causal_logits(seen).softmax(-1)[0]            # (n_head, T, T)
-            weights = weights.mean(dim=0).cpu()                     # (T, T)
-            to_meta = weights[:, is_meta].sum(dim=1)                # (T,)
-            looked[n, layer] = to_meta[is_text].mean()
-            for kind, here in enumerate((is_meta, is_text)):
-                found = cosines_by_distance(seen.output[0], here, is_meta, distance)
-                sums[:, kind, layer, n] = found
+    (n_rows, T), (cosines, looked, uniform) = idx.shape, look_at_rows(model, idx)
+    edges = np.geomspace(1, T, 16).round().astype(int)
+    edges = np.unique(edges)
 
     def cosine(rows, near, far):                                    # -> (2, L)
-        total, count = sums[:, :, :, rows, near:far].sum(axis=(3, 4))
+        total, count = cosines[:, :, :, rows, near:far].sum(axis=(3, 4))
         return total / count.clip(1)
+
+    def curves(rows):                                               # -> (2, L, parts)
+        return np.stack([cosine(rows, *part) for part in pairwise(edges)], axis=-1)
 
     def fading(rows):
         return cosine(rows, 1, 5) - cosine(rows, T // 8, T)
-
-    edges = np.geomspace(1, T, 16).round().astype(int)
-    edges = np.unique(edges)
-    parts = list(zip(edges, edges[1:]))
-
-    def curves(rows):                                               # -> (2, L, parts)
-        return np.stack([cosine(rows, *part) for part in parts], axis=-1)
 
     def more(rows):
         at_meta, at_text = fading(rows)[:, -1]
