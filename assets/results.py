@@ -490,11 +490,11 @@ def tells_more(text, text_token, *signs_and_models, command=''):
     return Claim(text, f'than the {text_token}', terms, command, 'difference')
 
 
-def lower_loss(reading, experiment, n_meta, command=''):
+def lower_loss(reading, experiment, n_meta, command='', figure='nats'):
     """Of meta against gpt2, which never has meta-tokens in its text."""
     meta, gpt2 = (dict(experiment=experiment, model=model) for model in ('meta', 'gpt2'))
     return Claim('They lower the loss of plain text (PG19)', reading,
-                 ((1, gpt2), (-1, meta | dict(n_meta=n_meta))), command, 'nats')
+                 ((1, gpt2), (-1, meta | dict(n_meta=n_meta))), command, figure)
 
 
 def more_by_longer_training(model, weight):
@@ -534,8 +534,8 @@ CLAIMS = [
     sharper('in the output', 'output at meta-tokens'),
     *[Claim('They cache what stood before, for text to find (Fig. 2)', reading,
             ((1, dict(experiment='caching', model='meta', of=of)),), 'caching', 'mean')
-      for reading, of in (('near text is in them', 'fades more than at text tokens'),
-                          ('text looks at them', 'attention to meta-tokens over uniform'))],
+      for reading, of in (('in holding near text', 'fades more than at text tokens'),
+                          ('in text looking there', 'attention to meta-tokens over uniform'))],
     *[tells_more('They tell more per nat (rate-distortion)', token, (-1, 'meta'),
                  command='rate_distortion')
       for token in ('last text token', 'text token before it')],
@@ -551,6 +551,8 @@ CLAIMS = [
     *at_lengths('Its tokens alone help', 'pause', 'gpt2'),
     lower_loss('source, without meta-tokens in it', 'recall_tokens', 0),
     lower_loss('books, without meta-tokens in them', 'books', 0),
+    *[lower_loss(f'{text}, recalled bigrams', experiment, 26, figure='nats_seen_bigram')
+      for text, experiment in (('source', 'recall_tokens'), ('books', 'books'))],
     Claim('Marks help more after pre-training with meta-tokens', 'pause, gpt2',
           ((1, MARKS | dict(model='pause', markers='task')),
            (-1, MARKS | dict(model='pause', markers='none')),
@@ -810,9 +812,9 @@ def guesses(length):
 
 
 def draw_guesses(rows):
-    lengths = values_of(rows, 'length', RECALL)
-    lines = [[known, *[f'{100 * guesses(length)[known]:.1f}' for length in lengths]]
-             for known in (LIST_KNOWN, PLACE_KNOWN)]
+    lengths, lines = values_of(rows, 'length', RECALL), []
+    for known in LIST_KNOWN, PLACE_KNOWN:
+        lines.append([known, *[f'{100 * guesses(length)[known]:.1f}' for length in lengths]])
     return markdown(['a guess that knows', *lengths], lines)
 
 
