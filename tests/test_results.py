@@ -30,7 +30,7 @@ CLAIM = Claim('meta is better', '', ((1, dict(model='meta')), (-1, dict(model='g
     ([0.50, 0.42, 0.44], [0.90, 0.80, 0.85], 'no'),
     ([0.50, 0.51, 0.49], [0.50, 0.50, 0.50], 'no'),             # less than SMALL either way
     ([0.90, 0.20, 0.85], [0.50, 0.42, 0.44], 'not resolved'),
-    ([0.90], [0.10], 'not resolved')])                          # one seed tells nothing
+    ([0.90, 0.91], [0.10, 0.11], 'not resolved')])              # two seeds tell nothing
 def test_verdicts(meta, gpt2, word):
     rows = rows_of(meta=meta, gpt2=gpt2)
     _, interval = results.compare(rows, CLAIM)
