@@ -1,5 +1,4 @@
 """assets/results.py: its arithmetic, one experiment from its first run to its rows, the README."""
-import importlib.util
 import json
 import shutil
 import subprocess
@@ -10,10 +9,10 @@ import pytest
 
 from conftest import ROOT
 
-spec = importlib.util.spec_from_file_location('results', ROOT / 'assets/results.py')
-results = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(results)
-Claim = results.Claim
+sys.path.insert(0, str(ROOT / 'assets'))
+import experiments  # noqa: E402
+import tables  # noqa: E402
+from tables import Claim  # noqa: E402
 
 
 def rows_of(**by_model):
@@ -33,13 +32,13 @@ CLAIM = Claim('meta is better', '', ((1, dict(model='meta')), (-1, dict(model='g
     ([0.90, 0.91], [0.10, 0.11], 'not resolved')])              # two seeds tell nothing
 def test_verdicts(meta, gpt2, word):
     rows = rows_of(meta=meta, gpt2=gpt2)
-    _, interval = results.compare(rows, CLAIM)
-    assert results.verdict(interval) == word
+    _, interval = tables.compare(rows, CLAIM)
+    assert tables.verdict(interval) == word
 
 
 def test_the_interval_is_students_of_the_paired_difference():
     meta, gpt2 = [0.9, 0.5, 0.7, 0.8, 0.6], [0.4, 0.3, 0.5, 0.2, 0.1]
-    difference, (mean, low, high) = results.compare(rows_of(meta=meta, gpt2=gpt2), CLAIM)
+    difference, (mean, low, high) = tables.compare(rows_of(meta=meta, gpt2=gpt2), CLAIM)
     np.testing.assert_allclose(difference, np.subtract(meta, gpt2))
     half = 2.776 * np.std(difference, ddof=1) / np.sqrt(5)
     assert (mean, low, high) == pytest.approx((0.4, 0.4 - half, 0.4 + half))
@@ -47,14 +46,14 @@ def test_the_interval_is_students_of_the_paired_difference():
 
 def test_only_seeds_of_both_sides_are_compared():
     rows = rows_of(meta=[0.9, 0.8, 0.7], gpt2=[0.5, 0.4])
-    assert len(results.compare(rows, CLAIM)[0]) == 2
+    assert len(tables.compare(rows, CLAIM)[0]) == 2
 
 
 def test_a_row_is_taken_by_all_that_is_asked_of_it():
     rows = rows_of(meta=[0.9, 0.8]) + [dict(experiment='markers', model='meta', seed=0,
                                             exact_match=0.1)]
-    assert results.select(rows, dict(experiment='recall', model='meta')) == {0: 0.9, 1: 0.8}
-    assert results.select(rows, dict(model='meta', length=64)) == {}
+    assert tables.select(rows, dict(experiment='recall', model='meta')) == {0: 0.9, 1: 0.8}
+    assert tables.select(rows, dict(model='meta', length=64)) == {}
 
 
 def test_a_claim_may_have_four_terms():
@@ -66,25 +65,25 @@ def test_a_claim_may_have_four_terms():
                  for seed, x in enumerate(values)]
     terms = [(1, dict(model='meta', train_length=64)), (-1, dict(model='meta', train_length=32)),
              (-1, dict(model='gpt2', train_length=64)), (1, dict(model='gpt2', train_length=32))]
-    sums, _ = results.compare(rows, Claim('', '', terms))
+    sums, _ = tables.compare(rows, Claim('', '', terms))
     np.testing.assert_allclose(sums, [0.2, 0.1])
 
 
 def test_a_difference_that_could_not_be_taken_leaves_it_unresolved():
     rows = [dict(model='meta', seed=seed, mean=x) for seed, x in enumerate((0.5, None, 0.5))]
-    _, interval = results.compare(rows, Claim('', '', ((1, dict(model='meta')),), figure='mean'))
-    assert results.verdict(interval) == 'not resolved'
+    _, interval = tables.compare(rows, Claim('', '', ((1, dict(model='meta')),), figure='mean'))
+    assert tables.verdict(interval) == 'not resolved'
 
 
 def test_every_claim_can_be_decided():
     """Its terms name rows that the experiments give: all words in them are known."""
     known = {'markers': {'task'}, 'train_length': {64}, 'experiment': {'books'}}
-    bench = results.Bench(quick=False)
-    for name in results.EXPERIMENTS:
-        for m in results.measurements(bench, name):
+    bench = experiments.Bench(quick=False)
+    for name in experiments.EXPERIMENTS:
+        for m in experiments.measurements(bench, name):
             for key, value in m.about.items():
                 known.setdefault(key, set()).add(value)
-    for claim in results.CLAIMS:
+    for claim in tables.CLAIMS:
         for _, where in claim.terms:
             for key in where.keys() & known.keys():
                 assert where[key] in known[key], (claim, key)
@@ -92,12 +91,12 @@ def test_every_claim_can_be_decided():
 
 def test_every_command_is_of_the_five_files():
     """Each measurement has a name of its own, and no two trainings share a folder."""
-    bench, names, folders = results.Bench(quick=False), set(), {}
-    for experiment in results.EXPERIMENTS:
-        for m in results.measurements(bench, experiment):
+    bench, names, folders = experiments.Bench(quick=False), set(), {}
+    for experiment in experiments.EXPERIMENTS:
+        for m in experiments.measurements(bench, experiment):
             assert m.name not in names
             names.add(m.name)
-            for training in results.all_trainings(m):
+            for training in experiments.all_trainings(m):
                 assert folders.setdefault(training.out_dir, training.command) == training.command
                 assert training.command[0] in ('train.py', 'finetune.py')
     assert len(names) > 200
@@ -153,13 +152,13 @@ def test_readme_shows_what_results_json_says():
     readme = (ROOT / 'README.md').read_text()
     rows = json.loads((ROOT / 'assets/results.json').read_text())['rows']
     assert '<!-- claims -->' in readme
-    assert results.fill(readme, rows) == readme
-    assert results.fill(readme, rows[20:]) != readme
+    assert tables.fill(readme, rows) == readme
+    assert tables.fill(readme, rows[20:]) != readme
 
 
 def test_guesses():
     """Of letters drawn from 26, and lists of 2 to 4 items: more is known where there is less."""
-    short, long = results.guesses(32), results.guesses(128)
-    for known in results.LIST_KNOWN, results.PLACE_KNOWN:
+    short, long = tables.guesses(32), tables.guesses(128)
+    for known in tables.LIST_KNOWN, tables.PLACE_KNOWN:
         assert 0.05 < long[known] < short[known] < 0.9
-    assert 1 / 4 < results.guesses(64)[results.LIST_KNOWN] < 1 / 2      # 2 to 4 items a list
+    assert 1 / 4 < tables.guesses(64)[tables.LIST_KNOWN] < 1 / 2      # 2 to 4 items a list

@@ -1,0 +1,493 @@
+"""
+What the README says of the rows in results.json: claims, their verdicts, tables and pictures.
+"""
+import itertools
+import re
+import shutil
+from collections import defaultdict
+from functools import lru_cache, partial
+from typing import NamedTuple
+
+import numpy as np
+
+from evaluate import held_out, markdown
+from experiments import MODELS, SEEDS, TABLE1_CELLS
+from prepare import META, get_tokenizer
+from train import new_figure, replace_file
+
+# ------------------------------------------------------------------------------
+# Claims and verdicts. The unit is the seed: two models are compared where both have it.
+
+T_95 = {3: 4.303, 4: 3.182, 5: 2.776}  # Student's t for so many seeds
+SMALL = 0.05  # a difference below this counts as nothing: 5 points of exact match, or 0.05 nats
+
+
+class Claim(NamedTuple):
+    """It holds if the weighted sum of its terms, seed by seed, is above 0."""
+    text: str
+    reading: str     # how it was taken, where it can be taken in several ways
+    terms: tuple     # (weight, {what the rows of this term are})
+    command: str = ''
+    figure: str = 'exact_match'
+
+
+RECALL = dict(experiment='recall', task='list_recall', meta_tokens='full')
+TASKS = 'tasks'  # a command of evaluate.py
+
+
+def better(model, other, **where):
+    return (1, RECALL | where | dict(model=model)), (-1, RECALL | where | dict(model=other))
+
+
+def at_lengths(text, model, other, command=''):
+    return [Claim(text, f'{length} tokens', better(model, other, length=length), command)
+            for length in (64, 128)]
+
+
+def sharper(where, reading):
+    row = dict(experiment='sharpening', model='meta', reading=reading, of='entropy',
+               against='zeroed embeddings')
+    return Claim('They sharpen attention (Fig. 2)', where, ((-1, row),), 'sharpening',
+                 'mean')
+
+
+def tells_more(text, text_token, *signs_and_models, command=''):
+    row = dict(experiment='rate_distortion', curve='last meta-token', against=text_token)
+    terms = tuple((sign, row | dict(model=model)) for sign, model in signs_and_models)
+    return Claim(text, f'than the {text_token}', terms, command, 'difference')
+
+
+def lower_loss(reading, experiment, n_meta, command='', figure='nats'):
+    """Of meta against gpt2, which never has meta-tokens in its text."""
+    meta, gpt2 = (dict(experiment=experiment, model=model) for model in ('meta', 'gpt2'))
+    return Claim('They lower the loss of plain text (PG19)', reading,
+                 ((1, gpt2), (-1, meta | dict(n_meta=n_meta))), command, figure)
+
+
+def more_by_longer_training(model, weight):
+    row = dict(RECALL, experiment='train_length', model=model, length=64)
+    return (weight, row | dict(train_length=64)), (-weight, row | dict(train_length=32))
+
+
+def stretched_to_256(length):
+    row = dict(experiment='table1', yarn_scale=8, train_length=256, meta_tokens='full',
+               length=length)
+    return (1, row | dict(model='meta')), (-1, row | dict(model='gpt2'))
+
+
+def zeroed(what, length):
+    row = RECALL | dict(model='meta', length=length)
+    return (1, row | dict(meta_tokens=f'zero {what}')), (-1, row)
+
+
+def marked(where):
+    return better('meta', 'gpt2', experiment='markers', length=64, markers=where)
+
+
+MARKS = dict(RECALL, experiment='markers', length=64)
+CLAIMS = [
+    # the paper's
+    *at_lengths('Meta-tokens help list recall (Fig. 1)', 'meta', 'gpt2', TASKS),
+    Claim('More with longer training prompts (Fig. 1)', '64 for 32',
+          (*more_by_longer_training('meta', 1), *more_by_longer_training('gpt2', -1)), TASKS),
+    *[Claim('More in a window stretched by YaRN (Table 1)', f'{length} tokens',
+            stretched_to_256(length), TASKS) for length in (128, 256)],
+    Claim('Zeroing their position helps (Table 2)', '128 tokens', zeroed('position', 128), TASKS),
+    Claim('Zeroing their embedding hurts (Table 2)', '64 tokens',
+          tuple((-weight, row) for weight, row in zeroed('embedding', 64)), TASKS),
+    sharper('at text tokens', 'attention at text tokens'),
+    sharper('at meta-tokens', 'attention at meta-tokens'),
+    sharper('in meta-attention', 'meta-attention'),
+    sharper('in the output', 'output at meta-tokens'),
+    *[Claim('They cache what stood before, for text to find (Fig. 2)', reading,
+            ((1, dict(experiment='caching', model='meta', of=of)),), 'caching', 'mean')
+      for reading, of in (('in resembling near text', 'fades more than at text tokens'),
+                          ('in text looking there', 'attention to meta-tokens over uniform'))],
+    *[tells_more('They tell more per nat (rate-distortion)', token, (-1, 'meta'),
+                 command='rate_distortion')
+      for token in ('last text token', 'text token before it')],
+    *[lower_loss(reading, experiment, 26, 'perplexity')
+      for reading, experiment in (('source', 'recall_tokens'), ('books', 'books'))],
+    # the controls
+    *at_lengths('meta beats pause', 'meta', 'pause', TASKS),
+    *at_lengths('meta beats same-size', 'meta', 'same-size', TASKS),
+    *[Claim('meta beats gpt2 wherever the marks stand', f'`{where}`', marked(where), TASKS)
+      for where in ('task', 'end', 'random', 'none')],
+    # more, for the long table
+    *at_lengths('meta beats same-size in equal time', 'meta', 'same-time'),
+    *at_lengths('pause beats gpt2', 'pause', 'gpt2'),
+    lower_loss('source, without meta-tokens in it', 'recall_tokens', 0),
+    lower_loss('books, without meta-tokens in them', 'books', 0),
+    *[lower_loss(f'{text}, recalled bigrams', experiment, 26, figure='nats_seen_bigram')
+      for text, experiment in (('source', 'recall_tokens'), ('books', 'books'))],
+    Claim('Marks help more after pre-training with meta-tokens', 'pause, gpt2',
+          ((1, MARKS | dict(model='pause', markers='task')),
+           (-1, MARKS | dict(model='pause', markers='none')),
+           (-1, MARKS | dict(model='gpt2', markers='task')),
+           (1, MARKS | dict(model='gpt2', markers='none')))),
+    *[tells_more('Meta-attention makes them tell more (asked after the run)', token, (-1, 'meta'),
+                 (1, 'pause'))
+      for token in ('last text token', 'text token before it')],
+]
+
+
+def select(rows, where, figure='exact_match'):
+    """{seed: figure} of the rows that are as `where` says, and have it."""
+    return {row['seed']: row[figure] for row in rows
+            if where.items() <= row.items() and figure in row}
+
+
+def compare(rows, claim):
+    """The sum of a claim's terms for each seed that has all, its mean and 95% interval, or None."""
+    terms = [(weight, select(rows, where, claim.figure)) for weight, where in claim.terms]
+    seeds = sorted(set.intersection(*[set(found) for _, found in terms]))
+    sums = np.zeros(len(seeds))
+    for weight, found in terms:
+        sums += weight * np.array([found[seed] for seed in seeds], float)  # None becomes nan
+    if len(seeds) < 3:
+        return sums, None
+    half = T_95[len(seeds)] * sums.std(ddof=1) / len(seeds) ** 0.5
+    return sums, (sums.mean(), sums.mean() - half, sums.mean() + half)
+
+
+def verdict(interval):
+    """yes: all of the interval is above 0. no: all of it is below SMALL. Else not resolved."""
+    if interval is None:
+        return 'not resolved'
+    _, low, high = interval
+    if low > 0:
+        return 'yes'
+    return 'no' if high < SMALL else 'not resolved'
+
+# ------------------------------------------------------------------------------
+# Tables and pictures
+
+class Table(NamedTuple):
+    """Exact match: a line for each value of one key, a column for each of another."""
+    lines: str
+    columns: str
+    where: dict      # what all rows are
+
+
+TABLES = {
+    'recall': Table('model', 'length', RECALL),
+    'zeroed': Table('meta_tokens', 'length', dict(experiment='recall', task='list_recall',
+                                                  model='meta')),
+    'copying': Table('model', 'length', RECALL | dict(task='copying')),
+    'markers': Table('model', 'markers', MARKS),
+    'placement': Table('model', 'length', RECALL | dict(experiment='placement')),
+    'hybrid': Table('model', 'length', RECALL | dict(experiment='hybrid')),
+    'train_length': Table('model', 'train_length', dict(experiment='train_length', length=64,
+                                                        meta_tokens='full')),
+    'counting': Table('model', 'train_length', RECALL | dict(experiment='hard_tasks',
+                                                             task='segment_counting')),
+    'parity': Table('model', 'train_length', RECALL | dict(experiment='hard_tasks',
+                                                           task='parity')),
+}
+for scale, trained in TABLE1_CELLS:
+    TABLES[f'table1-{scale}-{trained}'] = Table('model', 'length', dict(
+        experiment='table1', yarn_scale=scale, train_length=trained, meta_tokens='full'))
+
+
+def with_references(rows):
+    """Rows that an experiment shares with `recall` are its own too, to be held against."""
+    found = list(rows)
+    for row in rows:
+        if row['experiment'] == 'recall' and row['task'] == 'list_recall':
+            if row['model'] == 'meta':
+                found += row | dict(experiment='placement'), row | dict(experiment='hybrid')
+            if row['length'] == 64 and row['model'] in ('meta', 'pause', 'gpt2'):
+                found += [row | dict(experiment='markers', markers='task'),
+                          row | dict(experiment='train_length', train_length=64)]
+    return found
+
+
+def values_of(rows, key, where):
+    """The values that a key has in some rows: numbers by size, models in the order of MODELS."""
+    values = dict.fromkeys(row[key] for row in rows if where.items() <= row.items())
+    if key == 'model':
+        return [model for model in MODELS if model in values]
+    if key == 'markers':
+        return [markers for markers in ('task', 'end', 'random', 'none') if markers in values]
+    return sorted(values) if key != 'meta_tokens' else list(values)
+
+
+def each(found, form):
+    """{seed: figure} -> each seed's figure, in the order of the seeds."""
+    return ' '.join(form.format(found[seed]) for seed in sorted(found))
+
+
+def mean_of(found):
+    return np.mean(list(found.values()))
+
+
+def draw_table(rows, table):
+    """The mean over seeds, and each seed, in %."""
+    columns, lines = values_of(rows, table.columns, table.where), []
+    for line in values_of(rows, table.lines, table.where):
+        cells = []
+        for column in columns:
+            found = select(rows, table.where | {table.lines: line, table.columns: column})
+            percent = {seed: 100 * share for seed, share in found.items()}
+            cells.append(f"**{mean_of(percent):.1f}** ({each(percent, '{:.0f}')})" if found else '')
+        lines.append([line.replace('_', ' '), *cells])
+    return markdown([table.lines.replace('_', ' '), *columns], lines)
+
+
+def draw_losses(rows):
+    """Validation loss in nats per text token, and what meta-tokens take or give."""
+    lines = []
+    for model in values_of(rows, 'model', dict(experiment='loss')):
+        one, other = (dict(experiment='loss', model=name) for name in (model, 'gpt2'))
+        found = select(rows, one, 'val_loss')
+        _, interval = compare(rows, Claim('', '', ((1, one), (-1, other)), figure='val_loss'))
+        less = '{:+.4f} ({:+.4f} to {:+.4f})'.format(*interval) if interval else ''
+        lines.append([model, f'{mean_of(found):.4f}', each(found, '{:.3f}'), less])
+    return markdown(['model', 'nats', 'seeds', 'against gpt2 (95%)'], lines)
+
+
+def shown_sum(claim, values, form):
+    """Numbers in the unit of a claim: points of exact match, or nats and such."""
+    if claim.figure == 'exact_match':
+        return [form.format(100 * x) for x in values]
+    return [form.replace('.1f', '.3f').replace('.0f', '.2f').format(x) for x in values]
+
+
+def draw_claims(rows):
+    """Every claim by reading, with its interval and each seed."""
+    lines = []
+    for claim in CLAIMS:
+        sums, interval = compare(rows, claim)
+        if len(sums):
+            ends = ''
+            if interval:
+                mean, low, high = shown_sum(claim, interval, '{:+.1f}')
+                ends = f'{mean} ({low} to {high})'
+            seeds = ' '.join(shown_sum(claim, sums, '{:+.0f}'))
+            lines.append([claim.text, claim.reading, ends, seeds, f'**{verdict(interval)}**'])
+    return markdown(['claim', 'reading', 'for it (+) or against it (-), 95%', 'each seed',
+                     'verdict'], lines)
+
+
+def draw_verdicts(rows):
+    """A line for each claim with a command, and its verdict by reading."""
+    lines = []
+    for text, claims in itertools.groupby(CLAIMS, lambda claim: claim.text):
+        readings = {}  # by verdict
+        for claim in claims:
+            sums, interval = compare(rows, claim)
+            word = verdict(interval) if len(sums) else 'unfinished'
+            readings.setdefault(word, []).append(claim.reading)
+        cells = [f'**{word}**' for word in readings]
+        if len(readings) > 1:
+            cells = [f"**{word}** {', '.join(where)}" for word, where in readings.items()]
+        if claim.command:
+            lines.append([text, f'`{claim.command}`', '; '.join(cells)])
+    return markdown(['claim', 'evaluate.py', 'verdict'], lines)
+
+
+def draw_inside(rows, after=''):
+    lines = []
+    for experiment in 'sharpening', 'caching':
+        where = dict(experiment=experiment + after)
+        kinds = dict.fromkeys((row.get('reading'), row['of'], row.get('against'), row['model'])
+                              for row in rows if where.items() <= row.items())
+        for reading, of, other, model in kinds:
+            row = where | dict(of=of, model=model)
+            if reading:
+                row |= dict(reading=reading, against=other)
+            sign = -1 if of == 'entropy' else 1  # the paper: it falls
+            _, interval = compare(rows, Claim('', '', ((sign, row),), figure='mean'))
+            found = select(rows, row, 'mean')
+            what = f'{reading}: {of} against {other}' if reading else of
+            lines.append([what, model, f'{mean_of(found):+.3f}', each(found, '{:+.2f}'),
+                          f'**{verdict(interval)}**'])
+    return markdown(['change', 'model', 'mean', 'seeds', 'as the paper says'], lines)
+
+
+def draw_recall_tokens(rows, experiment):
+    """Loss in nats without meta-tokens in the text, and with as many as in training."""
+    lines, where = [], dict(experiment=experiment)
+    for model in values_of(rows, 'model', where):
+        for n_meta in values_of(rows, 'n_meta', where | dict(model=model)):
+            cells = []
+            for figure in 'nats', 'nats_seen_bigram', 'nats_new_bigram':
+                found = select(rows, where | dict(model=model, n_meta=n_meta), figure)
+                cells.append(f"**{mean_of(found):.4f}** ({each(found, '{:.3f}')})")
+            lines.append([model, n_meta, *cells])
+    return markdown(['model', 'meta-tokens a window', 'all', 'seen bigrams', 'new bigrams'], lines)
+
+
+def draw_positions(rows):
+    """Loss in nats by position, beyond the trained length too."""
+    lines, where = [], dict(experiment='positions')
+    for model in values_of(rows, 'model', where):
+        for n_meta in values_of(rows, 'n_meta', where | dict(model=model)):
+            one, cells = where | dict(model=model, n_meta=n_meta), []
+            places = values_of(rows, 'position', one)
+            for position in places:
+                found = select(rows, one | dict(position=position), 'nats')
+                cells.append(f"**{mean_of(found):.3f}** ({each(found, '{:.2f}')})")
+            lines.append([model, n_meta, *cells])
+    return markdown(['model', 'meta-tokens a window', 'positions 0-127', '128-255', '256-383',
+                     '384-511'], lines)
+
+
+def draw_rate_distortion(rows):
+    """The difference in nats at equal rate, of all seeds; below 0 the meta-token tells more."""
+    lines, found = [], [row for row in rows if row['experiment'] == 'rate_distortion']
+    for model, curve, other in dict.fromkeys(
+            (row['model'], row['curve'], row['against']) for row in found if 'lower' in row):
+        where = dict(experiment='rate_distortion', model=model, curve=curve, against=other)
+        difference = select(found, where, 'difference')
+        _, interval = compare(found, Claim('', '', ((-1, where),), figure='difference'))
+        lines.append([model, curve, other, each(difference, '{:+.3f}'),
+                      f'**{verdict(interval)}**'])
+    return markdown(['model', 'curve', 'against', 'nats, by seed', 'lower'], lines)
+
+
+def draw_by_chance(rows):
+    """The paper's 50 examples, drawn again and again: how often a curve is lower everywhere."""
+    lines = []
+    found = [row for row in rows if row['experiment'] == 'rate_distortion' and 'draws' in row]
+    for model, curve, other in dict.fromkeys(
+            (row['model'], row['curve'], row['against']) for row in found):
+        where = dict(experiment='rate_distortion', model=model, curve=curve, against=other)
+        counts = select(found, where, 'strictly_lower')
+        lines.append([model, curve, 'itself' if curve == other else other, each(counts, '{}')])
+    draws = found[0]['draws'] if found else ''
+    return markdown(['model', 'curve', 'against', f'of {draws} draws, lower in, by seed'],
+                    lines)
+
+
+LIST_KNOWN, PLACE_KNOWN = 'which list, not which item', 'which item, not which list'
+
+
+@lru_cache
+def guesses(length):
+    """{what a guess knows of the question: its mean share of right answers}, in list recall."""
+    tok, shares = get_tokenizer('bytes'), defaultdict(list)
+    for prompt, answer in held_out('list_recall', length, 1000, tok, 'none'):
+        text, answer = tok.decode(prompt).replace(META, ''), tok.decode(answer).strip()
+        *lines, question = text.splitlines()
+        j, asked = re.fullmatch('Item (.*) of (.*)[?]', question).groups()
+        lists = {line[0]: line[3:].split() for line in lines}
+        same_place = [items[int(j) - 1] for items in lists.values()]
+        shares[LIST_KNOWN].append(lists[asked].count(answer) / len(lists[asked]))
+        shares[PLACE_KNOWN].append(same_place.count(answer) / len(same_place))
+    return {known: float(np.mean(values)) for known, values in shares.items()}
+
+
+def draw_guesses(rows):
+    lengths, lines = values_of(rows, 'length', RECALL), []
+    for known in LIST_KNOWN, PLACE_KNOWN:
+        lines.append([known, *[f'{100 * guesses(length)[known]:.1f}' for length in lengths]])
+    return markdown(['a guess that knows', *lengths], lines)
+
+
+def how_much_18_prompts_show(rows):
+    """
+    The paper's Table 2 seems to rest on 18 prompts a cell. How often do two draws of 18 from the
+    same 1,000 graded prompts of one model differ by 11 points (2 of 18) or more?
+    """
+    rng, often = np.random.default_rng(0), []
+    for row in rows:
+        of_lists = row['experiment'] == 'recall' and row['task'] == 'list_recall'
+        if of_lists and 0.1 < row['exact_match'] < 0.9:
+            right = round(row['exact_match'] * row['n'])
+            drawn = rng.hypergeometric(right, row['n'] - right, 18, size=(2, 10_000))
+            often.append((np.abs(drawn[0] - drawn[1]) >= 2).mean())
+    if not often:
+        return ''
+    return ('Two draws of 18 from the same graded prompts of one model differ by 11 points or '
+            f'more in {min(often):.0%} to {max(often):.0%} of cases ({len(often)} models and '
+            'lengths).\n')
+
+
+def sections(rows):
+    """{name: text} of all that README shows between its markers."""
+    measured, rows = rows, with_references(rows)
+    drawn = dict(
+        verdicts=draw_verdicts(rows), claims=draw_claims(rows), loss=draw_losses(rows),
+        inside=draw_inside(rows), inside_taught=draw_inside(rows, ' after list_recall'),
+        recall_tokens=draw_recall_tokens(rows, 'recall_tokens'),
+        books=draw_recall_tokens(rows, 'books'), positions=draw_positions(rows),
+        rate_distortion=draw_rate_distortion(rows), by_chance=draw_by_chance(rows),
+        guesses=draw_guesses(rows), chance=how_much_18_prompts_show(rows))
+    for name, table in TABLES.items():
+        has_own_rows = any(table.where.items() <= row.items() for row in measured)
+        drawn[name] = draw_table(rows, table) if has_own_rows else ''
+    is_empty = {name: text.count('\n') < 3 and name != 'chance' for name, text in drawn.items()}
+    return {name: 'Not run yet.\n' if is_empty[name] else text for name, text in drawn.items()}
+
+
+def fill(text, rows):
+    """README's text, with each section between <!-- NAME --> and <!-- end --> drawn from rows."""
+    for name, section in sections(rows).items():
+        pattern = rf'(<!-- {name} -->\n).*?(<!-- end -->)'
+        text = re.sub(pattern, lambda found: found[1] + section + found[2], text, flags=re.S)
+    return text
+
+
+def draw_recall(rows):
+    """A panel for each model: a line for each seed, a thick one for their mean, a guess."""
+    models = 'meta', 'pause', 'gpt2', 'same-size'
+    figure = new_figure(9, 3.2)
+    for ax, model in zip(figure.subplots(1, len(models), sharey=True), models):
+        where = RECALL | dict(model=model)
+        lengths = values_of(rows, 'length', where)
+        by_length = [100 * np.array(list(select(rows, where | dict(length=n)).values()))
+                     for n in lengths]
+        x = [str(n) for n in lengths]
+        ax.plot(x, by_length, color='0.6', lw=1)
+        mean = [values.mean() for values in by_length]
+        ax.plot(x, mean, 'ko-', lw=2.5)
+        ax.plot(x, [100 * guesses(n)[LIST_KNOWN] for n in lengths], 'k:')
+        for n, y in zip(x, mean):
+            ax.annotate(f'{y:.0f}', (n, y), (6, 6), textcoords='offset points')
+        ax.set(title=model, xlabel='tokens of the prompt', ylim=(0, 105))
+        ax.margins(x=0.15)
+    figure.axes[0].set_ylabel('right answers (%)')
+    figure.axes[0].text(0, 17, 'dotted: a guess among\nthe right list\'s items', fontsize=8)
+    return figure
+
+
+def draw_markers(rows):
+    """A panel for each place of the marks: a dot for each seed, a bar for their mean."""
+    models, rows = ('meta', 'pause', 'gpt2'), with_references(rows)
+    places = values_of(rows, 'markers', MARKS)
+    figure = new_figure(2 + 2 * len(places), 3.2)
+    for ax, place in zip(figure.subplots(1, len(places), sharey=True, squeeze=False)[0], places):
+        for x, model in enumerate(models):
+            found = select(rows, MARKS | dict(model=model, markers=place))
+            y = 100 * np.array(list(found.values()))
+            if len(y):
+                ax.bar(x, y.mean(), color='0.8')
+                ax.plot(x + np.linspace(-0.2, 0.2, len(y)), y, 'ko', ms=4)
+        ax.axhline(100 * guesses(64)[PLACE_KNOWN], color='k', ls=':')
+        ax.set(title=f'--markers={place}', ylim=(0, 105))
+        ax.set_xticks(range(len(models)), models)
+    figure.axes[0].set_ylabel('right answers at 64 tokens (%)')
+    figure.axes[-1].text(-0.4, 30, 'dotted: a guess that knows\nonly which item', fontsize=8)
+    return figure
+
+
+PICTURES = {  # that evaluate.py drew, of the first seed
+    'caching': 'meta-{seed}/eval/caching.png',
+    'sharpening': 'meta-{seed}/eval/sharpening.png',
+    'rate_distortion': 'meta-{seed}-list_recall/eval/rate_distortion.png',
+    'mechanism': 'meta-{seed}-list_recall/eval/attention.png',
+}
+
+
+def draw_pictures(rows, folder, out):
+    for name, drawn in PICTURES.items():
+        path = out / drawn.format(seed=SEEDS[0])
+        if path.exists():
+            replace_file(folder / f'{name}.png', partial(shutil.copy, path))
+    measured = {row['experiment'] for row in rows}
+    for name, draw in dict(recall=draw_recall, markers=draw_markers).items():
+        if name in measured:
+            figure = draw(rows)
+            replace_file(folder / f'{name}.png',
+                         lambda path: figure.savefig(path, format='png', dpi=120))
