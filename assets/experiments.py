@@ -3,8 +3,7 @@ The experiments behind the README: which runs each of them needs, and what is re
 
 An experiment is a function that gives its measurements of one seed. A measurement is a command line
 of evaluate.py and the training that it looks at; what it finds becomes rows. A training is a
-command line of train.py or finetune.py. `Bench` runs what is
-missing.
+command line of train.py or finetune.py. `Bench` runs what is missing.
 """
 import csv
 import itertools
