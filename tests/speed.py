@@ -239,7 +239,7 @@ def draw_steps(times, machine_name):
     labels = [f'{t:.3g} s, {t / medians[0]:.2f} times {first}' for t in medians]
     ax.bar_label(bars, labels, padding=4)
     ax.invert_yaxis()
-    ax.margins(x=0.35)
+    ax.margins(x=0.6)
     ax.set(xlabel='a training step (seconds, median)', title=machine_name)
     return figure
 
