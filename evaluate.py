@@ -740,21 +740,23 @@ def look_at_rows(model, idx):
     meta-tokens, (n_rows, L); and what uniform attention would give them, (n_rows,).
     """
     (n_rows, T), L = idx.shape, model.config.n_layer
-    cosines, looked, uniform = np.zeros((2, 2, L, n_rows, T)), np.zeros((n_rows, L)), []
+    cosines = np.zeros((2, 2, L, n_rows, T))
+    looked, uniform = np.zeros((n_rows, L)), np.zeros(n_rows)
     distance = torch.arange(T)[:, None] - torch.arange(T)           # from a token back to another
     for n, row in enumerate(idx):
         is_meta = (row == model.config.meta_id).cpu()               # (T,)
         is_text = ~is_meta
         share = is_meta.cumsum(0) / torch.arange(1, T + 1)          # of what each token sees
-        uniform.append(share[is_text].mean())
+        uniform[n] = share[is_text].mean()
         for layer, seen in enumerate(look_inside(model, row[None])):
             weights = causal_logits(seen).softmax(-1)[0]            # (n_head, T, T)
-            to_meta = weights.mean(dim=0).cpu()[:, is_meta].sum(dim=1)  # (T,)
+            weights = weights.mean(dim=0).cpu()                     # (T, T)
+            to_meta = weights[:, is_meta].sum(dim=1)                # (T,)
             looked[n, layer] = to_meta[is_text].mean()
             for kind, here in enumerate((is_meta, is_text)):
                 found = cosines_by_distance(seen.output[0], here, is_meta, distance)
                 cosines[:, kind, layer, n] = found
-    return cosines, looked, np.array(uniform)
+    return cosines, looked, uniform
 
 
 def measure_caching(model, idx):
@@ -763,7 +765,8 @@ def measure_caching(model, idx):
     output, for meta-tokens and text tokens; fading: near less far, (2, L); more: by how much it
     fades more at meta-tokens, in the last block; attention_to_meta (L,); over_uniform.
     """
-    (n_rows, T), (cosines, looked, uniform) = idx.shape, look_at_rows(model, idx)
+    n_rows, T = idx.shape
+    cosines, looked, uniform = look_at_rows(model, idx)
     edges = np.geomspace(1, T, 16).round().astype(int)
     edges = np.unique(edges)
 
@@ -1088,11 +1091,12 @@ def fit_bottlenecks(h, y, h_test, y_test, betas, n_seeds, z_dim, n_steps):
     n_classes = int(torch.cat((y, y_test)).max()) + 1
     model = Bottlenecks(h, n_classes, n_seeds, len(betas), z_dim)
     beta = torch.tensor(betas * n_seeds, device=h.device)[:, None]         # (K, 1)
-    optimizer, size = torch.optim.Adam(model.parameters(), lr=5e-3), min(250, len(h) // 5)
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    size = min(250, max(len(h) // 5, 1))
     for _ in range(n_steps):
         batch = torch.randint(len(h), (size,), generator=model.generator).to(h.device)
         rate, distortion = model(h[batch], y[batch])
-        loss = distortion + beta * rate                                    # (K, 250)
+        loss = distortion + beta * rate                                    # (K, size)
         loss.mean(1).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -1157,9 +1161,12 @@ def count_strictly_lower(h, y, z_dim):
     pairs = [(TEXT_CURVE, TEXT_CURVE)]
     for text in TEXT_CURVE, BEFORE_CURVE:
         pairs += (META_CURVE, text), (text, META_CURVE)
+    if n_draws == 0:
+        return []
     often = Counter()
-    for draw in torch.arange(n_draws * 2 * PAPER_N).chunk(n_draws):
-        train, test = draw.chunk(2)
+    for n in range(n_draws):
+        start = n * 2 * PAPER_N
+        train, test = slice(start, start + PAPER_N), slice(start + PAPER_N, start + 2 * PAPER_N)
         found = {}
         for curve in CURVES:                       # 5 epochs are 25 steps of a fifth of them
             run = fit_bottlenecks(h[curve][train], y[train], h[curve][test], y[test], betas,

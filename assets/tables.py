@@ -6,6 +6,7 @@ import re
 import shutil
 from collections import defaultdict
 from functools import lru_cache, partial
+from operator import attrgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -246,11 +247,11 @@ def draw_losses(rows):
     return markdown(['model', 'nats', 'seeds', 'against gpt2 (95%)'], lines)
 
 
-def shown_sum(claim, values, form):
-    """Numbers in the unit of a claim: points of exact match, or nats and such."""
+def in_unit(claim, value, digits):
+    """A number in its claim's unit: points of exact match, or nats with two digits more."""
     if claim.figure == 'exact_match':
-        return [form.format(100 * x) for x in values]
-    return [form.replace('.1f', '.3f').replace('.0f', '.2f').format(x) for x in values]
+        return f'{100 * value:+.{digits}f}'
+    return f'{value:+.{digits + 2}f}'
 
 
 def draw_claims(rows):
@@ -261,9 +262,9 @@ def draw_claims(rows):
         if len(sums):
             ends = ''
             if interval:
-                mean, low, high = shown_sum(claim, interval, '{:+.1f}')
+                mean, low, high = (in_unit(claim, value, digits=1) for value in interval)
                 ends = f'{mean} ({low} to {high})'
-            seeds = ' '.join(shown_sum(claim, sums, '{:+.0f}'))
+            seeds = ' '.join(in_unit(claim, value, digits=0) for value in sums)
             lines.append([claim.text, claim.reading, ends, seeds, f'**{verdict(interval)}**'])
     return markdown(['claim', 'reading', 'for it (+) or against it (-), 95%', 'each seed',
                      'verdict'], lines)
@@ -272,7 +273,8 @@ def draw_claims(rows):
 def draw_verdicts(rows):
     """A line for each claim with a command, and its verdict by reading."""
     lines = []
-    for text, claims in itertools.groupby(CLAIMS, lambda claim: claim.text):
+    short = [claim for claim in CLAIMS if claim.command]
+    for (text, command), claims in itertools.groupby(short, attrgetter('text', 'command')):
         readings = {}  # by verdict
         for claim in claims:
             sums, interval = compare(rows, claim)
@@ -281,8 +283,7 @@ def draw_verdicts(rows):
         cells = [f'**{word}**' for word in readings]
         if len(readings) > 1:
             cells = [f"**{word}** {', '.join(where)}" for word, where in readings.items()]
-        if claim.command:
-            lines.append([text, f'`{claim.command}`', '; '.join(cells)])
+        lines.append([text, f'`{command}`', '; '.join(cells)])
     return markdown(['claim', 'evaluate.py', 'verdict'], lines)
 
 

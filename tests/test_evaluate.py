@@ -737,6 +737,14 @@ def test_rate_distortion_finds_the_verdict(inside, trained, monkeypatch):
     assert 'drawn 8 times: last text token is lower than itself' in out
 
 
+@pytest.mark.parametrize('n', [3, 60])
+def test_rate_distortion_of_few_examples(inside, trained, n):
+    """Too few to draw the paper's size from them: then nothing is said of it."""
+    out = inside('evaluate.py', 'rate_distortion', f'--n_train={n}', '--n_test=20', '--n_steps=5',
+                 '--n_seeds=2', '--n_betas=3', '--device=cpu').out
+    assert 'lower at equal rate' in out and 'drawn' not in out
+
+
 def test_strictly_lower_is_counted():
     """The meta-token's state tells the target in each of its parts, the other states are noise."""
     rng, n = np.random.default_rng(0), 20 * 2 * evaluate.PAPER_N
