@@ -463,9 +463,11 @@ def signals_into(received):
     for number in STOP | {SAVE} - {None}:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             before[number] = signal.signal(number, on_signal)
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @lru_cache
@@ -929,6 +931,10 @@ def launch(main):
         run_script(main)
     except SystemExit as end:
         code = end.code
+    except RuntimeError:
+        if dist.is_initialized():  # perhaps another process failed, and this one only lost it:
+            time.sleep(5)          # torchrun has time to stop this one and to name the other
+        raise
     # Here the exception is gone, and with it the frames that held the DDP model. Were that alive,
     # destroying the process group could wait for ever.
     if dist.is_initialized():

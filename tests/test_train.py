@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -390,6 +391,14 @@ def test_a_second_signal_ends_the_process():
     assert signal.getsignal(signal.SIGUSR1) == before
 
 
+def test_signals_are_given_back_after_an_error():
+    """Else torchrun could not stop a process whose step failed, nor Ctrl-C its last words."""
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(UserError), train.signals_into([]):
+        raise UserError('a step failed')
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
 def test_nohup_is_respected():
     """nohup ignores SIGHUP, so that a run outlives its terminal."""
     received, before = [], signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -473,7 +482,7 @@ def test_a_closed_pipe_is_said_once(inside, tmp_path, monkeypatch):
 def write_spy(tmp_path, what):
     """spy.py is train.py, but for `what` it does after each step, given run."""
     (tmp_path / 'spy.py').write_text(f'''
-import os, signal, sys
+import atexit, os, signal, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 import torch, train
 from prepare import UserError
@@ -537,10 +546,13 @@ def test_an_error_ends_all_processes(cli, tmp_path, who):
     spy = write_spy(tmp_path, f'''
     open(f'pid{{run.machine.rank}}', 'w').write(str(os.getpid()))
     if {condition}:
+        atexit.register(time.sleep, 1)  # the other one loses the connection, and lives on
         raise UserError('it is enough')
 ''')
     result = cli(spy, *SMALL, '--max_iters=100_000', '--out_dir=out/a', launcher=TORCHRUN, code=1)
     assert 'it is enough' in result.stderr.splitlines()[-2]  # torchrun's frame has one line more
+    codes = re.findall('exitcode +: ([^ ]+)', result.stderr)
+    assert set(codes) <= {'2', '-15'}  # the other was told to end (15), and has no error of its own
     assert 'in spied_step' not in result.stderr
     for rank in range(2):
         with pytest.raises(ProcessLookupError):
