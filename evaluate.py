@@ -11,8 +11,8 @@ Measure a trained model, one sub-command each; -h behind it lists its settings.
     python evaluate.py theory                               # the paper's two theorems, run
     python evaluate.py sample --ckpt=out/tiny/best.pt --prompt="def "   # text, as it comes
 
-Each measures, then reports in words and tables, then draws. Numbers and picture go to the folder
-eval/ beside the checkpoint (beside the first, where there are several).
+Each measures, then reports in words and tables, then draws. (theory and sample only print.) Numbers
+and picture go to the folder eval/ beside the checkpoint, the first where there are several.
 """
 import codecs, json, math, re, sys, zlib
 from collections import Counter, defaultdict
@@ -28,13 +28,13 @@ import tiktoken
 import torch
 import torch.nn.functional as F
 
-from finetune import TASKS, collate, examples, grade, markers_of, to_ids, width_for
+from finetune import TASKS, collate, examples, grade, to_ids, width_for
 from model import GPT, stream
-from prepare import (Blocks, Positive, UserError, encode, inject_meta_tokens, load_data,
-                     local_files, meta_count, naming, parse_config, read_file, run_script,
-                     token_bytes)
-from train import (Machine, build_model, encode_prompt, generation_meta_every, get_tokenizer,
-                   load_checkpoint, new_figure, printable, replace_file)
+from prepare import (Blocks, Positive, UserError, encode, get_tokenizer, inject_meta_tokens,
+                     load_data, local_files, meta_count, naming, parse_config, read_file,
+                     run_script, token_bytes)
+from train import (Machine, build_model, encode_prompt, generation_meta_every, load_checkpoint,
+                   new_figure, printable, replace_file)
 
 # ------------------------------------------------------------------------------
 # What the sub-commands share
@@ -69,7 +69,7 @@ def load_models(paths, machine, yarn_scale=1.0):
 
 
 def load_one(ckpt, machine, with_meta_tokens=True):
-    """Raises UserError where meta-tokens are wanted, and it has not seen any."""
+    """Loaded. Raises UserError where meta-tokens are wanted, and its training had none."""
     if ',' in ckpt:
         raise UserError(f'--ckpt={ckpt}: one checkpoint at a time here')
     m, = load_models(ckpt, machine)
@@ -85,7 +85,9 @@ def write_results(ckpt, name, results, figure):
     first, *_ = ckpt.split(',')
     folder = Path(first).parent / 'eval'
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(results, indent=1, default=lambda array: array.tolist()) + '\n'
+    text = json.dumps(results, default=lambda array: array.tolist())
+    results = json.loads(text, parse_constant=lambda nan: None)     # JSON has null for it
+    text = json.dumps(results, indent=1) + '\n'
     replace_file(folder / f'{name}.json', lambda path: path.write_text(text))
     replace_file(folder / f'{name}.png', lambda path: figure.savefig(path, format='png', dpi=120))
     print(f'written to {folder}/: {name}.json  {name}.png')
@@ -112,8 +114,8 @@ def wilson(p, n, z=1.96):
 
 def bootstrap(statistic, n_rows, n_draws=1000):
     """
-    (3, ...): statistic(rows) of all rows, an index array, and the ends of its 95% interval, from
-    n_draws draws of as many rows.
+    statistic takes an array of row numbers. Returns its value for all rows and the ends of its 95%
+    interval, (3, ...), from n_draws draws of as many rows.
     """
     rng = np.random.default_rng(0)
     draws = [statistic(rng.integers(n_rows, size=n_rows)) for _ in range(n_draws)]
@@ -135,7 +137,7 @@ def span(interval):
 
 
 def verdict(interval, below, unsure, above):
-    """The word for an interval (value, low, high) that lies below 0, on it (or is nan), above."""
+    """Picks a word: an interval (value, low, high) lies below 0, above 0, or neither (as nan)."""
     _, low, high = interval
     if high < 0:
         return below
@@ -149,7 +151,7 @@ class TasksConfig:
     ckpt: str = 'out/tiny-list_recall/best.pt'  # one checkpoint, or several with commas between
     task: Literal[('own', *TASKS, 'all')] = 'own'  # own: what the first checkpoint was taught
     lengths: str = '64,128,256'  # prompt lengths in tokens: from three quarters of it to all of it
-    n_examples: Positive = 1000  # of each task and length, the same held-out ones for every model
+    n_examples: Positive = 1000  # held-out ones of each length, the same for models of one task
     yarn_scale: float = 1.0      # test RoPE models also stretched so many times, untrained for it
     device: str = 'auto'         # auto | cpu | cuda | mps
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'float32'  # of matrix products
@@ -189,7 +191,7 @@ def measure_tasks(models, chosen, lengths, n, machine):
     for task, length, m in tqdm([*product(chosen, lengths, models)], unit=' models'):
         markers, config = 'task', m.model.config
         if m.trained.get('task') == task:
-            markers = markers_of(m.trained)
+            markers = m.trained['markers']
         rows = held_out(task, length, n, m.tok, markers)
         answers = Counter(tuple(answer) for _, answer in rows)
         guess = max(answers.values()) / n                           # the best answer to all of them
@@ -344,7 +346,7 @@ def read_documents(text, tok, max_tokens):
         except UserError as error:
             raise UserError(str(error).replace('--source=', '--text='))
         lists = [texts for path in paths for texts in naming(path, read_file(path))]
-        documents = [encode(tok, text) for text in sum(lists, [])]
+        documents = [encode(tok, document) for document in sum(lists, []) if document]
     share = None
     if max_tokens and documents:
         share = max(max_tokens // len(documents), 1) + 1            # the first is not scored
@@ -356,12 +358,11 @@ def read_documents(text, tok, max_tokens):
 
 def window_losses(model, tokens, window, batch_size, machine, rng):
     """
-    Slides a window over a document, tokens (n,). Each window scores the tokens that the one before
-    it did not reach, the first one all. So each token but the first is scored once.
+    Slides a window over a document, tokens (n,). A window scores the tokens that no earlier one
+    has. So each token but the first is scored once. rng places the meta-tokens.
 
-    Yields, a batch of windows at a time, three arrays (B, T): nats, the loss at every position, nan
-    where it predicts no text token; scored; and the target's place among tokens. rng places the
-    meta-tokens.
+    Yields three arrays (B, T) for each batch of windows. nats: the loss at every position, nan
+    where no text is predicted. scored: whether it counts. token: the target's index in tokens.
     """
     W, last, meta_id = window.T - window.n_meta, len(tokens) - 1, model.config.meta_id
     last_start = max(last - W, 0)
@@ -519,7 +520,7 @@ def prompts_of_one_length(m, n):
     task, length = m.trained['task'], m.trained['train_length']
     if task == 'all':
         task = next(iter(TASKS))
-    stream = examples(task, length, 'test', 3, m.tok, markers_of(m.trained))
+    stream = examples(task, length, 'test', 3, m.tok, m.trained['markers'])
     by_length = defaultdict(list)
     for prompt, _ in stream:
         group = by_length[len(prompt)]
@@ -618,8 +619,7 @@ def sharpening(argv):
 def sharpness(model, row, reading, zero_meta=None):
     """
     row (T,) ids -> (L, n_head, n, 2): the entropy and the largest logit, at the n tokens of a
-    reading. The first text token is left out, as its row has one key; so is the first meta-token.
-    For the output L = n_head = 1.
+    reading, less the first: it may see itself alone. For the output L = n_head = 1.
     """
     meta_id, layers = model.config.meta_id, []
     wanted = row != meta_id if reading == AT_TEXT else row == meta_id
@@ -761,9 +761,10 @@ def look_at_rows(model, idx):
 
 def measure_caching(model, idx):
     """
-    Intervals over the rows, as {'mean', 'low', 'high'}. curves: cosine by distance, of a block's
-    output, for meta-tokens and text tokens; fading: near less far, (2, L); more: by how much it
-    fades more at meta-tokens, in the last block; attention_to_meta (L,); over_uniform.
+    Intervals over the rows, as {'mean', 'low', 'high'}. curves: the cosine by distance, of a
+    block's output, for meta-tokens and text tokens. fading: the cosine nearby minus that far away,
+    (2, L). more: fading at meta-tokens minus that at text, in the last block. attention_to_meta:
+    (L,). over_uniform: the mean of that, minus what uniform attention would give.
     """
     n_rows, T = idx.shape
     cosines, looked, uniform = look_at_rows(model, idx)
@@ -772,7 +773,7 @@ def measure_caching(model, idx):
 
     def cosine(rows, near, far):                                    # -> (2, L)
         total, count = cosines[:, :, :, rows, near:far].sum(axis=(3, 4))
-        return total / count.clip(1)
+        return np.where(count, total / count.clip(1), np.nan)       # nan: no such pair of tokens
 
     def curves(rows):                                               # -> (2, L, parts)
         return np.stack([cosine(rows, *part) for part in pairwise(edges)], axis=-1)
@@ -899,7 +900,7 @@ def prompt_to_look_at(cfg, m):
         space = m.tok.encode_ordinary(' ')
     if cfg.prompt:
         return to_ids(cfg.prompt.replace('⏎', '\n'), m.tok) + space
-    markers = markers_of(m.trained) if 'task' in m.trained else 'task'
+    markers = m.trained.get('markers', 'task')
     task = 'list_recall' if task == 'all' else task
     (prompt, _), = held_out(task, cfg.length, 1, m.tok, markers)
     return prompt + space
@@ -1003,7 +1004,7 @@ def bottleneck_prompts(m, n, split, ckpt):
     if 'task' in trained:                          # the answer's first token that is not a space
         names = list(TASKS) if trained['task'] == 'all' else [trained['task']]
         streams = [examples(name, trained['train_length'], split, [2, k, split == 'test'], m.tok,
-                            markers_of(trained)) for k, name in enumerate(names)]
+                            trained['markers']) for k, name in enumerate(names)]
         pairs = [next(streams[k % len(streams)]) for k in range(n)]
         return [(prompt, first_word(answer, m.tok)) for prompt, answer in pairs]
     if not trained['meta_rate']:
@@ -1144,8 +1145,7 @@ def measure_rate_distortion(cfg, m, device):
     verdicts = []
     for curve, against in product((META_CURVE, ZEROED_CURVE), (TEXT_CURVE, BEFORE_CURVE)):
         interval = compare_curves(runs[curve], runs[against], most)
-        difference = named(None if np.isnan(x) else x for x in interval)
-        verdicts.append(dict(curve=curve, against=against, difference=difference,
+        verdicts.append(dict(curve=curve, against=against, difference=named(interval),
                              lower=verdict(interval, 'yes', 'not resolved', 'no')))
     return dict(beta=betas, most=most, n_classes=len(classes), verdicts=verdicts, curves=curves,
                 by_chance=count_strictly_lower(h, y, cfg.z_dim))
@@ -1198,7 +1198,7 @@ def report_rate_distortion(results, m, cfg):
     print(f'{m.name}: {cfg.n_train} training and {cfg.n_test} held-out examples, '
           f"{results['n_classes']} classes, {cfg.n_seeds} seeds")
     for found in results['verdicts']:
-        difference = [math.nan if x is None else x for x in found['difference'].values()]
+        difference = found['difference'].values()
         print(f"{found['curve']} against {found['against']}: lower at equal rate: "
               f"{found['lower']}, {span(difference)} nats, at rates up to {results['most']:.2f} "
               'nats, the entropy of the target')
@@ -1300,7 +1300,7 @@ class SampleConfig:
     ckpt: str = 'out/tiny/best.pt'  # the checkpoint to sample from
     prompt: str = ''             # text to go on from; empty: a new document
     num_samples: Positive = 1    # one after another
-    max_new_tokens: Positive = 300  # in each; it ends before where the model ends the document
+    max_new_tokens: Positive = 300  # in each, at most; the model may end its document earlier
     temperature: float = 0.8     # 0: always the likeliest token
     top_k: int = 200             # from so many likeliest tokens only; 0: all
     meta_every: int = -1         # a meta-token after so many tokens; 0: none; -1: as in training

@@ -9,10 +9,10 @@ Teach a model one of the paper's four recall tasks, in which meta-tokens mark wh
 
 The tasks, with words (--tokenizer=gpt2) for items; · is the meta-token:
 
-    list_recall       A: fig car plum⏎B: oil net pea·⏎C: rice bean⏎·Item 2 of B? -> net
-    segment_counting  A: fig· car fig⏎B: fig net· fig⏎Count fig?                 -> 2
-    parity            0 1 1· 0 1⏎Parity?                                         -> 0
-    copying           fig car·[net pea fig]· plum⏎Copy?                          -> net pea fig
+    list_recall       A: fig car plum⏎B: oil net pea·⏎C: rice bean ear⏎·Item 2 of B? -> net
+    segment_counting  A: fig· car fig⏎B: fig net· fig⏎Count fig?                     -> 2
+    parity            0 1 1· 0 1⏎Parity?                                             -> 0
+    copying           fig car·[net pea fig]· plum⏎Copy?                              -> net pea fig
 
 Writes out_dir/ as train.py does. `python evaluate.py tasks` measures the result.
 """
@@ -138,18 +138,18 @@ def make_example(task, length, rng, tok, markers='task'):
     """
     Draws an example with rng, a numpy Generator: (prompt_ids, answer_ids), two lists.
 
-    The prompt has 0.75 * length to length tokens. The answer begins with a space and ends with a
-    newline. markers is --markers; they never stand in the answer.
+    The prompt has 0.75 * length to length tokens, before --markers=none takes its marks away. The
+    answer begins with a space and ends with a newline, and holds no marks.
     """
     items = list(ascii_lowercase) if tok.name == 'bytes' else WORDS
-    while True:
-        wanted, size = rng.integers(math.ceil(0.75 * length), length + 1), length
-        while True:  # with fewer and fewer parts, until it fits
+    while True:  # anew, if it came out too short
+        most, size = rng.integers(math.ceil(0.75 * length), length + 1), length
+        while True:  # smaller and smaller, until it fits
             text, answer = TASKS[task].make(size, length, rng, items)
             prompt = to_ids(text, tok)
-            if len(prompt) <= wanted or size == 1:
+            if len(prompt) <= most or size == 1:
                 break
-            size = max(min(size - 1, size * wanted // len(prompt)), 1)
+            size = max(min(size - 1, size * most // len(prompt)), 1)
         if 0.75 * length <= len(prompt) <= length:
             return place_marks(prompt, markers, rng, tok), tok.encode_ordinary(f' {answer}\n')
 
@@ -193,12 +193,14 @@ def examples(task, length, split, seed, tok, markers='task'):
     while misses < 1000:
         prompt, answer = make_example(task, length, rng, tok, markers)
         key = np.array(prompt, '<u2').tobytes()
-        misses += 1
-        if (zlib.crc32(key) % 10 == 0) == (split == 'test') and key not in seen:
-            misses = 0
-            if split == 'test':
-                seen.add(key)
-            yield prompt, answer
+        its_split = 'test' if zlib.crc32(key) % 10 == 0 else 'train'
+        if split != its_split or key in seen:
+            misses += 1
+            continue
+        misses = 0
+        if split == 'test':
+            seen.add(key)
+        yield prompt, answer
     raise UserError(f'{task} has too few different prompts of {length} tokens: take a greater '
                     f'length, or fewer examples ({len(seen)} were found)')
 
@@ -222,7 +224,7 @@ class FinetuneConfig(TrainConfig):
     train_length: Positive = 64  # the longest prompts, in tokens
     curriculum: bool = True      # five phases of growing prompts; False: train_length at once
     phase_iters: Positive = 150  # steps of each of the first four phases; the fifth is the rest
-    n_examples: Positive = 90_000  # draws of training examples at each length, then again
+    n_examples: Positive = 90_000  # training examples of each length; then the same again
     eval_examples: Positive = 200  # held-out prompts of train_length to grade on, always the same
     tokenizer: Literal['bytes', 'gpt2'] = 'bytes'  # bytes: items are letters; gpt2: words
 
@@ -267,9 +269,9 @@ def collate(rows, width, pad):
 
 def grade(model, rows, width, tok, machine, zero_meta=None):
     """
-    Asks the model [(prompt, answer)], padded to width. Returns four arrays (len(rows),): right,
-    whether every token of the answer is the argmax, given the tokens before it; asked, how many
-    tokens are not just white space; hits, how many of these are the argmax; nats, all losses' sum.
+    Asks the model [(prompt, answer)], padded to width. Returns four arrays (len(rows),).
+    right: every token of the answer is the argmax, given those before it. asked: how many tokens
+    are not white space. hits: how many of these are the argmax. nats: the sum of all losses.
     """
     results, training, meta = [], model.training, meta_token(tok)
     white = torch.tensor(tok.encode_ordinary(' \n'), device=machine.device)
@@ -292,12 +294,6 @@ def grade(model, rows, width, tok, machine, zero_meta=None):
     model.train(training)
     right, hits, asked, nats = torch.cat(results, dim=1).numpy()          # (len(rows),) each
     return right == 1, hits, asked, nats
-
-
-def markers_of(settings):
-    """--markers of a fine-tuned checkpoint. Old ones lack it: their list recall had 'end'."""
-    first = 'end' if settings['task'] == 'list_recall' else 'task'
-    return settings.get('markers', first)
 
 
 class Recall:
@@ -407,8 +403,6 @@ def main():
     pre_training = 'dataset', 'meta_rate', 'meta_placement'
     cfg, checkpoint, out_dir = open_run(cfg, given, MODEL_KEYS + pre_training,
                                         PRESETS)
-    if cfg.init_from == 'resume':
-        cfg = replace(cfg, markers=markers_of(checkpoint['config']))
     machine = Machine(cfg.device, cfg.dtype, many=True)
     if checkpoint and given.get('tokenizer', checkpoint['tokenizer']) != checkpoint['tokenizer']:
         raise UserError(f'--tokenizer={cfg.tokenizer}: the checkpoint has '

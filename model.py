@@ -82,7 +82,7 @@ class Attention(nn.Module):
         B, n, C = x.shape
         qkv = self.c_attn(x).view(B, n, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)       # each (B, n_head, n, head_dim)
-        if rope:  # a copy of v lets go of qkv, which holds the unrotated q and k
+        if rope:  # v is a view of qkv: its copy frees the memory of the unrotated q and k
             q, k, v = apply_rope(q, rope), apply_rope(k, rope), v.contiguous()
         return q, k, v
 
@@ -94,7 +94,8 @@ def masked_meta_attention(block, x, rope, is_meta):
     """
     The paper's formula (section 3): softmax((Q K^T / sqrt(head_dim) + causal) + P) V, where P[i, j]
     is 0 if i and j are both meta-tokens, else -inf. x (B, T, C), is_meta (B, T). A position that
-    may attend to nothing, as all text here, gets nothing. (The paper is silent about it.)
+    may attend to nothing, as all text here, gets nothing. (The paper is silent about it.) The
+    tests hold `meta_attention` equal to this.
     """
     q, k, v = block.meta_attn.qkv(block.ln_meta(x), rope)      # (B, n_head, T, head_dim)
     both_meta = is_meta[:, :, None] & is_meta[:, None, :]      # (B, T, T)
@@ -109,10 +110,10 @@ def masked_meta_attention(block, x, rope, is_meta):
 
 def meta_attention(block, x, rope, is_meta, n_meta, cache=None):
     """
-    The same, as it runs. Text gets nothing, and as its weights are exp(-inf) = 0, it gives nothing:
-    it can be left out. What is left is causal attention among n_meta = M meta-tokens. Where a row
-    of the batch holds fewer, text fills its last slots. The causal mask hides it from the
-    meta-tokens, and its own result is dropped.
+    The same, as it runs. Text gets nothing. Its weights are exp(-inf) = 0, so it gives nothing.
+    We gather the meta-tokens of each row, and run causal attention on these n_meta = M alone. Text
+    fills the last slots of a row with fewer. There the causal mask hides it from the meta-tokens.
+    What it gets is dropped.
     """
     if n_meta == 0:
         return torch.zeros_like(x)
@@ -145,7 +146,7 @@ class MLP(nn.Module):
 # The model
 
 class GPT(nn.Module):
-    """GPT-2 under nanoGPT's names. `meta_every` is the default of that argument of `generate`."""
+    """GPT-2 under nanoGPT's names. `generate` reads `meta_every`, unless it is told otherwise."""
 
     def __init__(self, config):
         super().__init__()
@@ -184,7 +185,7 @@ class GPT(nn.Module):
 
     def hidden(self, idx, zero_meta=None, n_meta=None, cache=None, meta_cache=None):
         """
-        idx (B, T) -> (B, T, C), the normed final hidden states: lm_head of them are the logits.
+        idx (B, T) -> (B, T, C), after the last layer norm. lm_head turns them into logits.
 
         zero_meta takes the meta-tokens' 'position' or their 'embedding' away (paper, Table 2).
         n_meta: the most meta-tokens that a row holds, if known. A GPU would wait for counting
@@ -236,8 +237,8 @@ class GPT(nn.Module):
 
     def flops_per_token(self, T, M):
         """
-        Floating-point operations of a training step, per position of a row of T that holds M
-        meta-tokens: torch counts the matrix products of forward, and backward costs twice that.
+        Floating-point operations of a training step per position, for rows of T with M
+        meta-tokens. torch counts forward's matrix products. Backward costs twice as many.
         """
         with torch.device('meta'):                             # shapes alone, nothing is computed
             model, idx = GPT(self.config), torch.zeros(1, T, dtype=torch.long)
@@ -301,13 +302,15 @@ def causal_attention(q, k, v, dropout):
 
 def count_meta_tokens(is_meta, n_meta):
     """The most meta-tokens that a row of is_meta (B, T) holds: n_meta, if it is given."""
-    on_gpu = is_meta.device.type != 'cpu' or torch.compiler.is_compiling()
-    if n_meta is not None and on_gpu:  # counting there would make it wait
+    counting_waits = is_meta.device.type != 'cpu' or torch.compiler.is_compiling()
+    if n_meta is not None and counting_waits:
         return n_meta
     counted = int(is_meta.sum(dim=1).max())
-    if n_meta is not None and counted > n_meta:
+    if n_meta is None:
+        return counted
+    if counted > n_meta:
         raise ValueError(f'n_meta={n_meta}, but a row holds {counted} meta-tokens')
-    return counted if n_meta is None else n_meta
+    return n_meta
 
 
 def check_positions(config, n):

@@ -82,8 +82,8 @@ class Blocks:
     The training blocks of a token array, in an order that depends on the seed alone.
 
     The text is cut into chunks of T - M tokens. An epoch is a permutation of them, and the epochs
-    follow one another as one endless sequence of rows. Any process can ask for any rows. So a run
-    is resumed by its iteration alone, and N processes see what one process would.
+    follow one another as one endless sequence of rows. Any process can ask for any batch of them.
+    So a run is resumed by its iteration alone, and N processes see what one process would.
     """
     def __init__(self, tokens, block_size, n_meta, meta_id, seed, placement='random'):
         self.tokens, self.n_meta, self.meta_id = tokens, n_meta, meta_id
@@ -97,7 +97,10 @@ class Blocks:
         return np.random.default_rng([self.seed, epoch]).permutation(chunks)
 
     def batch(self, first_row, n_rows):
-        """Rows first_row, first_row + 1, ... of the sequence: idx, targets (n_rows, T) int64."""
+        """
+        Rows first_row, first_row + 1, ... of the sequence: idx, targets (n_rows, T) int64. Their
+        text depends on the row alone, their meta positions on first_row too.
+        """
         text = np.empty((n_rows, self.chunk + 1), dtype=np.int64)
         for b in range(n_rows):
             epoch, place = divmod(first_row + b, self.n_chunks)
@@ -602,9 +605,10 @@ def parse_config(cls, presets={}, argv=None, doc=''):
             near += difflib.get_close_matches(key, settings, n=1, cutoff=0.6)
             hint = f'did you mean --{near[0]}?' if near else '-h lists the settings'
             raise UserError(f'unknown setting {word!r}; {hint}')
-        text = text if equals else next(words, '--')
+        text = text if equals else next(words, '--')  # '--' where nothing follows
         next_key, *_ = text.removeprefix('--').split('=')
-        if text == '--' or text.startswith('--') and (next_key in settings or not equals):
+        is_setting = text.startswith('--') and (next_key in settings or not equals)
+        if text == '--' or is_setting:
             raise UserError(f'--{key} needs a value: --{key}=...')
         given[key] = read_value(settings[key], text, choices_of(settings[key], presets))
     return replace(cls(), **presets.get(given.get('preset'), {}) | given), given

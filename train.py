@@ -10,7 +10,8 @@ Pre-train GPT-2 with meta-tokens and meta-attention.
 
 Writes out_dir/: config.json log.csv loss.png sample.txt ckpt.pt (the latest) best.pt (the lowest
 validation loss). Everything random is a function of (seed, iteration): the data order, the meta
-positions, dropout. So a resumed run is the uninterrupted one, bit for bit.
+positions, dropout. So a resumed run is the uninterrupted one: on a CPU with the same batch_size,
+bit for bit.
 """
 import csv, json, math, os, shutil, signal, sys, time, zipfile, zlib
 from contextlib import contextmanager, nullcontext, suppress
@@ -18,12 +19,13 @@ from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
+from types import NoneType
 from typing import Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional  # imported after init_process_group it would keep the group
+import torch.distributed.nn.functional  # imported later, it would hold the process group at exit
 from torch.nn.parallel import DistributedDataParallel
 
 from model import GPT, GPTConfig
@@ -123,7 +125,7 @@ def train_step(run):
         n_meta = most_meta(idx, run.model.config.meta_id)
         with machine.autocast:
             _, loss = run.parallel(*machine.to_device(idx, targets), n_meta=n_meta)
-        loss = loss * weight   # of all the targets of the step
+        loss = loss * weight   # its share of the mean over all targets of the step
         run.scaler.scale(loss * machine.world).backward()  # DDP averages over the processes
         total += loss.detach()
 
@@ -184,7 +186,7 @@ def make_optimizers(model, cfg):
 
 class Pretraining:
     """
-    Next-token prediction on a data folder. A run trains on any object with these methods.
+    Next-token prediction on a data folder. A run trains on any object with these methods and names.
 
     Raises UserError where a block holds no text, or no meta-token, or the data no block.
     """
@@ -319,13 +321,15 @@ class Run:
         # The same weights, in up to two wrappers.
         self.compiled = self.parallel = machine.compiled(model, cfg.compile)
         if machine.world > 1:
-            self.parallel = DistributedDataParallel(self.compiled)
+            idx, _ = task.batch(0)
+            unused = model.config.meta_attn and not most_meta(idx, model.config.meta_id)
+            self.parallel = DistributedDataParallel(self.compiled, find_unused_parameters=unused)
         self.began, self.first_it = time.time(), self.it
         self.restart_clock()
 
     def resume(self, checkpoint):
         """Takes the state of a run. Raises UserError if it does not fit the model or data."""
-        if checkpoint.get('data') not in (None, self.task.about):
+        if checkpoint['data'] != self.task.about:
             raise UserError(f'data/{self.cfg.dataset} is not what the run in {self.out_dir} was '
                             'trained on: bring that back, or start a new run')
         try:
@@ -379,7 +383,7 @@ class Run:
                 csv.DictWriter(f, self.columns).writerow(row)
 
     def save(self, name):
-        """Saves a checkpoint. Returns whether it could, or is another process's to save."""
+        """Saves a checkpoint, on the first process. Returns False if that failed."""
         state = dict(model=self.model.state_dict(),
                      optimizer=[optimizer.state_dict() for optimizer in self.optimizers],
                      scaler=self.scaler.state_dict(), model_args=asdict(self.model.config),
@@ -391,7 +395,7 @@ class Run:
             replace_file(self.out_dir / name, lambda path: torch.save(state, path))
             shutil.rmtree(self.out_dir / 'replaced', ignore_errors=True)
             return True
-        return False
+        return False  # keep_going has told why
 
     def save_both(self, val_loss):
         """best.pt, if the loss is the lowest so far, and ckpt.pt. Returns whether that is saved."""
@@ -460,7 +464,7 @@ def signals_into(received):
             signal.signal(number, signal.SIG_DFL)
 
     before = {}
-    for number in STOP | {SAVE} - {None}:
+    for number in {*STOP, SAVE} - {None}:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             before[number] = signal.signal(number, on_signal)
     try:
@@ -516,7 +520,8 @@ def replace_file(path, write):
 
 
 CHECKPOINT = dict(model=dict, optimizer=list, scaler=dict, model_args=dict, config=dict,
-                  iter_num=int, tokens=int, best_val_loss=float)
+                  tokenizer=str, data=(dict, NoneType), iter_num=int, tokens=int,
+                  best_val_loss=float)
 
 
 def load_checkpoint(path):
@@ -527,12 +532,11 @@ def load_checkpoint(path):
         check_unpacked_size(path)
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
         for key, kind in CHECKPOINT.items():
-            assert isinstance(checkpoint[key], kind), f'{key} is no {kind.__name__}'
+            assert isinstance(checkpoint[key], kind), f'{key} is not of type {kind}'
         assert checkpoint['iter_num'] >= 0, 'iter_num is negative'
-        meta_id = checkpoint['model_args']['meta_id']
     except Exception as error:  # zip, pickle, key and type errors of every kind
         raise UserError(f'{path} is damaged or of another version: {said(error)}')
-    return dict(tokenizer='bytes' if meta_id == 257 else 'gpt2') | checkpoint  # older ones lack it
+    return checkpoint
 
 
 def check_unpacked_size(path):
@@ -695,10 +699,10 @@ def open_run(cfg, given, inherited, presets):
     """
     Settles a run's settings. Returns (cfg, checkpoint or None, out_dir).
 
-    A resumed run keeps its settings, and a new one from a checkpoint takes the `inherited` ones,
-    which the preset overrides. The command line, `given`, overrides all. A run that starts from
-    GPT-2's weights has the preset gpt2, unless it names one. Raises UserError where a fresh run
-    would write into the folder of another, or a resumed one would become another.
+    A resumed run keeps its settings. A new one takes the `inherited` settings of its checkpoint.
+    The preset overrides those, and the command line, `given`, overrides all. A run from GPT-2's
+    weights has the preset gpt2, unless it names one. Raises UserError where a fresh run would
+    write into the folder of another, or a resumed one would become another.
     """
     if is_gpt2(cfg.init_from) and 'preset' not in given:
         cfg = replace(cfg, preset='gpt2', **presets['gpt2'] | given)
@@ -756,15 +760,16 @@ def go_on(cfg, given, out_dir, saved):
 
 
 def settle(cfg, given):
-    """Refuses two given settings that contradict. Defaults make way: of min_lr, and of warm-up."""
+    """Refuses given settings that contradict. Lowers a default min_lr or warm-up if too large."""
     for low, high in (('min_lr', 'learning_rate'), ('warmup_iters', 'max_iters'),
                       ('warmup_iters', 'lr_decay_iters')):
         if low in given and getattr(cfg, low) > getattr(cfg, high) > 0:
             raise UserError(f'--{low}={given[low]} is above --{high}={getattr(cfg, high)}')
     if cfg.min_lr > cfg.learning_rate:
         cfg = replace(cfg, min_lr=cfg.learning_rate / 10)
-    if cfg.warmup_iters > cfg.max_iters:
-        cfg = replace(cfg, warmup_iters=cfg.max_iters // 10)
+    end = min(cfg.max_iters, cfg.lr_decay_iters or cfg.max_iters)
+    if cfg.warmup_iters > end:
+        cfg = replace(cfg, warmup_iters=end // 10)
     return cfg
 
 
@@ -778,10 +783,11 @@ def open_folder(run):
     out_dir.mkdir(parents=True, exist_ok=True)
     if run.it > 0 and (out_dir / 'log.csv').is_file():
         rows = [row for row in read_log(out_dir) if int(row['iter']) <= run.it]
-    if run.it == 0:  # an old run is kept until the new one has a checkpoint
+    replaced = out_dir / 'replaced'  # keeps an old run until the new one has a checkpoint
+    if run.it == 0 and not replaced.exists():
         for path in [out_dir / name for name in RUN_FILES if (out_dir / name).exists()]:
-            (out_dir / 'replaced').mkdir(exist_ok=True)
-            shutil.move(path, out_dir / 'replaced' / path.name)
+            replaced.mkdir(exist_ok=True)
+            shutil.move(path, replaced / path.name)
     with keep_going('config.json'):
         config = json.dumps(asdict(run.cfg), indent=2) + '\n'
         replace_file(out_dir / 'config.json', lambda path: path.write_text(config))
@@ -899,7 +905,9 @@ class Machine:
         """The stop signal that any of the processes has received, or 0."""
         mine = [number for number in self.signals if number in STOP]
         n, = self.sum(len(mine))
-        return (mine or [signal.SIGTERM])[0] if n else 0
+        if n and not mine:  # another process was asked
+            return signal.SIGTERM
+        return mine[0] if mine else 0
 
     def asked_to_save(self):
         n, = self.sum(self.signals.count(SAVE))
@@ -956,7 +964,7 @@ def make_model(cfg, checkpoint, tok):
     if tok.name != checkpoint['tokenizer']:
         raise UserError(f'the data has tokens of {tok.name}, the checkpoint knows those of '
                         f"{checkpoint['tokenizer']}: give the --dataset= of its tokenizer")
-    old = {'meta_pos': True} | checkpoint['model_args']
+    old = checkpoint['model_args']
     weights, free = dict(checkpoint['model']), {'dropout', 'block_size'}
     if old['pos'] != 'ape':
         free.add('yarn_scale')

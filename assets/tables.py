@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from evaluate import held_out, markdown
+from evaluate import ZEROED, held_out, markdown
 from experiments import MODELS, SEEDS, TABLE1_CELLS
 from prepare import META, get_tokenizer
 from train import new_figure, replace_file
@@ -21,6 +21,7 @@ from train import new_figure, replace_file
 
 T_95 = {3: 4.303, 4: 3.182, 5: 2.776}  # Student's t for so many seeds
 SMALL = 0.05  # a difference below this counts as nothing: 5 points of exact match, or 0.05 nats
+SMALL_SHARE = 0.01  # of attention: all meta-tokens together get a few hundredths
 
 
 class Claim(NamedTuple):
@@ -65,15 +66,21 @@ def lower_loss(reading, experiment, n_meta, command='', figure='nats'):
                  ((1, gpt2), (-1, meta | dict(n_meta=n_meta))), command, figure)
 
 
+def lower_loss_than_pause(reading, experiment):
+    meta, pause = (dict(experiment=experiment, model=model, n_meta=26)
+                   for model in ('meta', 'pause'))
+    return Claim('meta beats pause (asked after the run)', reading, ((1, pause), (-1, meta)),
+                 figure='nats')
+
+
 def more_by_longer_training(model, weight):
     row = dict(RECALL, experiment='train_length', model=model, length=64)
     return (weight, row | dict(train_length=64)), (-weight, row | dict(train_length=32))
 
 
-def stretched_to_256(length):
-    row = dict(experiment='table1', yarn_scale=8, train_length=256, meta_tokens='full',
-               length=length)
-    return (1, row | dict(model='meta')), (-1, row | dict(model='gpt2'))
+def stretched(scale, train_length, length):
+    return better('meta', 'gpt2', experiment='table1', yarn_scale=scale, train_length=train_length,
+                  length=length)
 
 
 def zeroed(what, length):
@@ -81,8 +88,8 @@ def zeroed(what, length):
     return (1, row | dict(meta_tokens=f'zero {what}')), (-1, row)
 
 
-def marked(where):
-    return better('meta', 'gpt2', experiment='markers', length=64, markers=where)
+def marked(where, other='gpt2'):
+    return better('meta', other, experiment='markers', length=64, markers=where)
 
 
 MARKS = dict(RECALL, experiment='markers', length=64)
@@ -91,20 +98,23 @@ CLAIMS = [
     *at_lengths('Meta-tokens help list recall (Fig. 1)', 'meta', 'gpt2', TASKS),
     Claim('More with longer training prompts (Fig. 1)', '64 for 32',
           (*more_by_longer_training('meta', 1), *more_by_longer_training('gpt2', -1)), TASKS),
-    *[Claim('More in a window stretched by YaRN (Table 1)', f'{length} tokens',
-            stretched_to_256(length), TASKS) for length in (128, 256)],
-    Claim('Zeroing their position helps (Table 2)', '128 tokens', zeroed('position', 128), TASKS),
-    Claim('Zeroing their embedding hurts (Table 2)', '64 tokens',
-          tuple((-weight, row) for weight, row in zeroed('embedding', 64)), TASKS),
+    *[Claim('Also in a window stretched by YaRN (Table 1)', f'×{scale} to {length}',
+            stretched(scale, length, length), TASKS)
+      for scale, length in TABLE1_CELLS if scale > 1],
+    *[Claim('Zeroing their position helps (Table 2)', f'{length} tokens',
+            zeroed('position', length), TASKS) for length in (64, 128)],
+    *[Claim('Zeroing their embedding hurts (Table 2)', f'{length} tokens',
+            tuple((-weight, row) for weight, row in zeroed('embedding', length)), TASKS)
+      for length in (64, 128)],
     sharper('at text tokens', 'attention at text tokens'),
     sharper('at meta-tokens', 'attention at meta-tokens'),
     sharper('in meta-attention', 'meta-attention'),
     sharper('in the output', 'output at meta-tokens'),
-    *[Claim('They cache what stood before, for text to find (Fig. 2)', reading,
+    *[Claim('They cache earlier text (Fig. 2)', reading,
             ((1, dict(experiment='caching', model='meta', of=of)),), 'caching', 'mean')
       for reading, of in (('in resembling near text', 'fades more than at text tokens'),
                           ('in text looking there', 'attention to meta-tokens over uniform'))],
-    *[tells_more('They tell more per nat (rate-distortion)', token, (-1, 'meta'),
+    *[tells_more('Per nat kept, they tell more of the answer (rate-distortion)', token, (-1, 'meta'),
                  command='rate_distortion')
       for token in ('last text token', 'text token before it')],
     *[lower_loss(reading, experiment, 26, 'perplexity')
@@ -126,8 +136,14 @@ CLAIMS = [
            (-1, MARKS | dict(model='pause', markers='none')),
            (-1, MARKS | dict(model='gpt2', markers='task')),
            (1, MARKS | dict(model='gpt2', markers='none')))),
-    *[tells_more('Meta-attention makes them tell more (asked after the run)', token, (-1, 'meta'),
-                 (1, 'pause'))
+    Claim('Also in a window stretched by YaRN (Table 1)', '×8 to 256, at 128 tokens',
+          stretched(8, 256, 128)),
+    *[Claim('meta beats pause (asked after the run)', f'`{where}`', marked(where, 'pause'))
+      for where in ('end', 'random', 'none')],
+    lower_loss_than_pause('source', 'recall_tokens'),
+    lower_loss_than_pause('books', 'books'),
+    *[tells_more('Their lead per nat is larger than in pause (asked after the run)', token,
+                 (-1, 'meta'), (1, 'pause'))
       for token in ('last text token', 'text token before it')],
 ]
 
@@ -151,14 +167,14 @@ def compare(rows, claim):
     return sums, (sums.mean(), sums.mean() - half, sums.mean() + half)
 
 
-def verdict(interval):
-    """yes: all of the interval is above 0. no: all of it is below SMALL. Else not resolved."""
+def verdict(interval, small=SMALL):
+    """yes: all of the interval is above 0. no: all of it is below `small`. Else not resolved."""
     if interval is None:
-        return 'not resolved'
+        return 'unfinished'
     _, low, high = interval
     if low > 0:
         return 'yes'
-    return 'no' if high < SMALL else 'not resolved'
+    return 'no' if high < small else 'not resolved'
 
 # ------------------------------------------------------------------------------
 # Tables and pictures
@@ -172,8 +188,6 @@ class Table(NamedTuple):
 
 TABLES = {
     'recall': Table('model', 'length', RECALL),
-    'zeroed': Table('meta_tokens', 'length', dict(experiment='recall', task='list_recall',
-                                                  model='meta')),
     'copying': Table('model', 'length', RECALL | dict(task='copying')),
     'markers': Table('model', 'markers', MARKS),
     'placement': Table('model', 'length', RECALL | dict(experiment='placement')),
@@ -222,17 +236,33 @@ def mean_of(found):
     return np.mean(list(found.values()))
 
 
+def in_percent(found):
+    """The mean over seeds, and each seed."""
+    percent = {seed: 100 * share for seed, share in found.items()}
+    return f"**{mean_of(percent):.1f}** ({each(percent, '{:.0f}')})" if found else ''
+
+
 def draw_table(rows, table):
-    """The mean over seeds, and each seed, in %."""
     columns, lines = values_of(rows, table.columns, table.where), []
     for line in values_of(rows, table.lines, table.where):
         cells = []
         for column in columns:
             found = select(rows, table.where | {table.lines: line, table.columns: column})
-            percent = {seed: 100 * share for seed, share in found.items()}
-            cells.append(f"**{mean_of(percent):.1f}** ({each(percent, '{:.0f}')})" if found else '')
+            cells.append(in_percent(found))
         lines.append([line.replace('_', ' '), *cells])
     return markdown([table.lines.replace('_', ' '), *columns], lines)
+
+
+def draw_zeroed(rows):
+    """List recall as is and with meta-tokens zeroed: gpt2 and same-size met them when taught."""
+    lines, where = [], dict(experiment='recall', task='list_recall')
+    for model, zeroed in itertools.product(('meta', 'pause', 'gpt2', 'same-size'), ZEROED):
+        one = where | dict(model=model, meta_tokens=zeroed)
+        cells = []
+        for length in (64, 96, 128):
+            cells.append(in_percent(select(rows, one | dict(length=length))))
+        lines.append([model, zeroed, *cells])
+    return markdown(['model', 'meta-tokens', 64, 96, 128], lines)
 
 
 def draw_losses(rows):
@@ -277,9 +307,8 @@ def draw_verdicts(rows):
     for (text, command), claims in itertools.groupby(short, attrgetter('text', 'command')):
         readings = {}  # by verdict
         for claim in claims:
-            sums, interval = compare(rows, claim)
-            word = verdict(interval) if len(sums) else 'unfinished'
-            readings.setdefault(word, []).append(claim.reading)
+            _, interval = compare(rows, claim)
+            readings.setdefault(verdict(interval), []).append(claim.reading)
         cells = [f'**{word}**' for word in readings]
         if len(readings) > 1:
             cells = [f"**{word}** {', '.join(where)}" for word, where in readings.items()]
@@ -301,8 +330,9 @@ def draw_inside(rows, after=''):
             _, interval = compare(rows, Claim('', '', ((sign, row),), figure='mean'))
             found = select(rows, row, 'mean')
             what = f'{reading}: {of} against {other}' if reading else of
+            small = SMALL_SHARE if of == 'attention to meta-tokens over uniform' else SMALL
             lines.append([what, model, f'{mean_of(found):+.3f}', each(found, '{:+.2f}'),
-                          f'**{verdict(interval)}**'])
+                          f'**{verdict(interval, small)}**'])
     return markdown(['change', 'model', 'mean', 'seeds', 'as the paper says'], lines)
 
 
@@ -380,7 +410,7 @@ def guesses(length):
 
 
 def draw_guesses(rows):
-    lengths, lines = values_of(rows, 'length', RECALL), []
+    lengths, lines = values_of(rows, 'length', dict(task='list_recall')), []
     for known in LIST_KNOWN, PLACE_KNOWN:
         lines.append([known, *[f'{100 * guesses(length)[known]:.1f}' for length in lengths]])
     return markdown(['a guess that knows', *lengths], lines)
@@ -389,12 +419,12 @@ def draw_guesses(rows):
 def how_much_18_prompts_show(rows):
     """
     The paper's Table 2 seems to rest on 18 prompts a cell. How often do two draws of 18 from the
-    same 1,000 graded prompts of one model differ by 11 points (2 of 18) or more?
+    same 1,000 graded prompts of one model differ by 11 points (2 of 18) or more? (Were the same 18
+    graded twice, the change would be smaller.)
     """
     rng, often = np.random.default_rng(0), []
     for row in rows:
-        of_lists = row['experiment'] == 'recall' and row['task'] == 'list_recall'
-        if of_lists and 0.1 < row['exact_match'] < 0.9:
+        if RECALL.items() <= row.items() and 0.1 < row['exact_match'] < 0.9:
             right = round(row['exact_match'] * row['n'])
             drawn = rng.hypergeometric(right, row['n'] - right, 18, size=(2, 10_000))
             often.append((np.abs(drawn[0] - drawn[1]) >= 2).mean())
@@ -414,7 +444,7 @@ def sections(rows):
         recall_tokens=draw_recall_tokens(rows, 'recall_tokens'),
         books=draw_recall_tokens(rows, 'books'), positions=draw_positions(rows),
         rate_distortion=draw_rate_distortion(rows), by_chance=draw_by_chance(rows),
-        guesses=draw_guesses(rows), chance=how_much_18_prompts_show(rows))
+        zeroed=draw_zeroed(rows), guesses=draw_guesses(rows), chance=how_much_18_prompts_show(rows))
     for name, table in TABLES.items():
         has_own_rows = any(table.where.items() <= row.items() for row in measured)
         drawn[name] = draw_table(rows, table) if has_own_rows else ''

@@ -182,21 +182,14 @@ def asked(monkeypatch):
     return prompts
 
 
-@pytest.mark.parametrize('markers, n_marks', [('task', 2), ('none', 0), ('end', 2), ('old', 2)])
+@pytest.mark.parametrize('markers, n_marks', [('task', 2), ('none', 0), ('end', 2)])
 def test_tasks_marks_prompts_as_the_model_was_taught(inside, asked, tmp_path, markers, n_marks):
-    """Checkpoints from before --markers have list recall's second mark at the end."""
-    given = 'task' if markers == 'old' else markers
-    inside('finetune.py', *SMALL, f'--markers={given}', '--max_iters=2', '--out_dir=out/a')
-    if markers == 'old':
-        path = tmp_path / 'out/a/best.pt'
-        checkpoint = torch.load(path, weights_only=True)
-        del checkpoint['config']['markers'], checkpoint['tokenizer']
-        torch.save(checkpoint, path)
+    inside('finetune.py', *SMALL, f'--markers={markers}', '--max_iters=2', '--out_dir=out/a')
     command = '--ckpt=out/a/best.pt', '--n_examples=20', '--device=cpu'
     inside('evaluate.py', 'tasks', *command, '--lengths=32')
     assert len(asked) == 3 * 20
     for prompt in asked:
-        assert prompt.count(257) == n_marks and (prompt[-1] == 257) == (markers in ('end', 'old'))
+        assert prompt.count(257) == n_marks and (prompt[-1] == 257) == (markers == 'end')
 
     # other tasks are asked as they are
     asked.clear()
@@ -311,6 +304,12 @@ def test_each_document_has_meta_tokens_of_its_own(trained, perplexity, tmp_path)
     assert without['nats'] != with_them['nats']
     (tmp_path / 'one.jsonl').write_text(lines[0])
     assert perplexity('--text=one.jsonl', name='one')[0][1]['nats'] != with_them['nats']
+
+
+def test_lines_without_text_are_no_documents(trained, perplexity, tmp_path):
+    lines = '{"text": "abcdefgh"}', '{"text": null}', '{"id": 3}', '{"text": ""}'
+    (tmp_path / 'some.jsonl').write_text('\n'.join(lines))
+    assert perplexity('--text=some.jsonl', name='some')[0][0]['documents'] == 1
 
 
 def window_starts(last, stride):
@@ -633,6 +632,18 @@ def test_caching(inside, trained, tmp_path):
 def slow_cosines(x):
     """x (T, C) -> (T, T), one pair after the other."""
     return np.array([[torch.cosine_similarity(a, b, dim=0).item() for b in x] for a in x])
+
+
+def test_what_no_row_holds_is_no_cosine_of_0(inside, trained, tmp_path):
+    """Where meta-tokens stand first, no text stands before them."""
+    path = tmp_path / 'out/tiny/best.pt'
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint['config']['meta_placement'] = 'start'
+    torch.save(checkpoint, path)
+    out = inside('evaluate.py', 'caching', '--n_rows=6', '--device=cpu').out
+    assert 'neither fades nor grows, as far as can be resolved' in out
+    at_meta, at_text = read_json(tmp_path / 'out/tiny/eval/caching.json')['curves']['mean']
+    assert set(at_meta[-1]) == {None} and at_text[-1][0] > 0
 
 
 def test_equal_states_do_not_fade(inside, trained, monkeypatch):

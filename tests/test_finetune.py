@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import model as model_py
 from conftest import ROOT
 from finetune import (TASKS, WORDS, FinetuneConfig, Recall, Task, check_markers, collate, examples,
-                      grade, make_example, markers_of, phase_lengths, to_ids, width_for)
+                      grade, make_example, phase_lengths, to_ids, width_for)
 from model import GPT, GPTConfig
 from prepare import META, UserError, get_tokenizer, meta_token
 from test_prepare import tokenizer_or_skip
@@ -607,9 +607,11 @@ def test_a_run_and_its_exact_resume(cli, inside, tmp_path):
     assert log(whole, *columns) == log(part, *columns)
 
 
-def test_two_processes_are_one(cli, inside, tmp_path):
-    inside('finetune.py', *SMALL, '--out_dir=out/one')
-    out = cli('finetune.py', *SMALL, '--out_dir=out/two', launcher=TORCHRUN).stdout
+@pytest.mark.parametrize('markers', ['task', 'none'])  # none: meta-attention is not used
+def test_two_processes_are_one(cli, inside, tmp_path, markers):
+    args = 'finetune.py', *SMALL, f'--markers={markers}'
+    inside(*args, '--out_dir=out/one')
+    out = cli(*args, '--out_dir=out/two', launcher=TORCHRUN).stdout
     assert '2 process(es)' in out and out.count('written to') == 1
     one, two = (numbers(log(tmp_path / 'out' / name, 'train_loss', 'val_loss', 'exact_match',
                             'tokens')) for name in ('one', 'two'))
@@ -637,16 +639,8 @@ def test_from_a_checkpoint(inside, tmp_path):
     assert new['iter_num'] == 2
 
 
-def test_old_checkpoints_have_their_last_mark_at_the_end(inside, tmp_path):
-    """Those of list recall, from before --markers. A run that is resumed goes on with it."""
-    assert markers_of(dict(task='list_recall')) == 'end'
-    assert markers_of(dict(task='copying')) == 'task'
-    assert markers_of(dict(task='list_recall', markers='none')) == 'none'
+def test_a_resumed_run_keeps_its_marks(inside, tmp_path):
     inside('finetune.py', *SMALL, '--markers=end', '--max_iters=2', '--out_dir=out/a')
-    for name in 'ckpt.pt', 'best.pt':
-        old = checkpoint(tmp_path / 'out/a', name)
-        del old['config']['markers'], old['tokenizer']
-        torch.save(old, tmp_path / 'out/a' / name)
     out = inside('finetune.py', '--init_from=resume', '--out_dir=out/a', '--max_iters=4').out
     assert re.search(r'Item \d of [A-Z]\?·', out)
     assert checkpoint(tmp_path / 'out/a')['config']['markers'] == 'end'

@@ -29,11 +29,18 @@ CLAIM = Claim('meta is better', '', ((1, dict(model='meta')), (-1, dict(model='g
     ([0.50, 0.42, 0.44], [0.90, 0.80, 0.85], 'no'),
     ([0.50, 0.51, 0.49], [0.50, 0.50, 0.50], 'no'),             # less than SMALL either way
     ([0.90, 0.20, 0.85], [0.50, 0.42, 0.44], 'not resolved'),
-    ([0.90, 0.91], [0.10, 0.11], 'not resolved')])              # two seeds tell nothing
+    ([0.90, 0.91], [0.10, 0.11], 'unfinished')])                # two seeds tell nothing
 def test_verdicts(meta, gpt2, word):
     rows = rows_of(meta=meta, gpt2=gpt2)
     _, interval = tables.compare(rows, CLAIM)
     assert tables.verdict(interval) == word
+
+
+def test_what_is_small_depends_on_the_unit():
+    """A share of attention of 0.03 is not small, where 0.03 of all answers is."""
+    interval = 0.01, -0.01, 0.03
+    assert tables.verdict(interval) == 'no'
+    assert tables.verdict(interval, tables.SMALL_SHARE) == 'not resolved'
 
 
 def test_the_interval_is_students_of_the_paired_difference():

@@ -243,25 +243,6 @@ def test_resume_with_a_log_that_is_cut(inside, tmp_path):
     assert log(tmp_path / 'out/a', 'iter') == [[str(i)] for i in range(7)]
 
 
-def test_resume_of_an_older_checkpoint(inside, tmp_path):
-    """Checkpoints once had no tokenizer, data and meta_pos, but a seed that was called rng."""
-    inside('train.py', *SMALL, '--max_iters=8', '--out_dir=out/straight')
-    inside('train.py', *SMALL, '--max_iters=4', '--out_dir=out/parts')
-    path = tmp_path / 'out/parts/ckpt.pt'
-    older = torch.load(path, weights_only=True) | {'rng': {'seed': 1337}}
-    del older['tokenizer'], older['data']
-    del older['model_args']['meta_pos'], older['config']['meta_pos']
-    torch.save(older, path)
-    assert train.load_model(path)[1].name == 'bytes'
-    inside(*RESUME, '--out_dir=out/parts', '--max_iters=8')
-    assert_same_run(tmp_path / 'out/parts', tmp_path / 'out/straight')
-    inside('train.py', '--init_from=out/parts/best.pt', '--out_dir=out/new', '--max_iters=2')
-
-    older['model_args']['meta_id'] = 50257
-    torch.save(older, path)
-    assert train.load_checkpoint(path)['tokenizer'] == 'gpt2'
-
-
 @pytest.mark.parametrize('change', [
     '--dataset=other', '--seed=7', '--meta_rate=0.2', '--meta_placement=periodic',
     '--block_size=64', '--n_layer=3', '--dropout=0.5', '--meta_pos=False', '--optimizer=muon',
@@ -740,8 +721,10 @@ def test_a_replaced_run_stays_until_there_is_a_new_one(inside, refused, tmp_path
     inside('train.py', *SMALL, '--max_iters=2', '--out_dir=out/a')
     before = (tmp_path / 'out/a/ckpt.pt').read_bytes()
     break_losses(monkeypatch, lambda n: True)
-    refused('train.py', *SMALL, '--max_iters=3', '--out_dir=out/a', '--overwrite=True')
+    for _ in range(2):
+        refused('train.py', *SMALL, '--max_iters=3', '--out_dir=out/a', '--overwrite=True')
     assert (tmp_path / 'out/a/replaced/ckpt.pt').read_bytes() == before
+    assert len(log(tmp_path / 'out/a/replaced')) == 3  # its log, and not that of a failed attempt
 
 
 @pytest.mark.parametrize('args, said', [
@@ -780,6 +763,8 @@ def test_clear_errors(refused, tmp_path, args, said):
 def test_a_lower_learning_rate_lowers_the_default_of_its_end():
     cfg = train.TrainConfig(learning_rate=1e-4)
     assert train.settle(cfg, dict(learning_rate=1e-4)).min_lr == pytest.approx(1e-5)
+    cfg = train.TrainConfig(warmup_iters=50, max_iters=1000, lr_decay_iters=40)
+    assert train.settle(cfg, dict(lr_decay_iters=40)).warmup_iters == 4
     assert train.settle(train.TrainConfig(), {}) == train.TrainConfig()
 
 
