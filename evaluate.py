@@ -199,7 +199,7 @@ def measure_tasks(models, chosen, lengths, n, machine):
         ends = config.block_size if config.pos == 'ape' else math.inf
         for words, zero_meta in ZEROED.items():
             cell = dict(task=task, model=m.name, meta_tokens=words, length=length, n=n, guess=guess)
-            if width <= ends:
+            if width <= ends:  # intervals are over prompts: the tokens of one answer go together
                 right, hits, asked, _ = grade(m.model, rows, width, m.tok, machine, zero_meta)
                 exact = float(right.mean())
                 token = float(hits.sum() / asked.sum())

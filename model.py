@@ -76,7 +76,8 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x, rope)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # (B, n_head, n_keys, head_dim)
-        return self.project(causal_attention(q, k, v, self.dropout))
+        p = self.dropout.p if self.training else 0.0
+        return self.project(causal_attention(q, k, v, p))
 
     def qkv(self, x, rope):
         B, n, C = x.shape
@@ -290,10 +291,9 @@ def apply_rope(x, rope):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
-def causal_attention(q, k, v, dropout):
-    """q (B, n_head, n, head_dim) of the last n tokens; k, v of all tokens -> as q."""
+def causal_attention(q, k, v, p):
+    """q (B, n_head, n, head_dim) of the last n tokens; k, v of all tokens -> as q. p: dropout."""
     n, n_keys = q.shape[2], k.shape[2]
-    p = dropout.p if dropout.training else 0.0
     if n == n_keys:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
     mask = torch.ones(n, n_keys, dtype=torch.bool, device=q.device).tril(n_keys - n)

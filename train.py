@@ -384,13 +384,13 @@ class Run:
 
     def save(self, name):
         """Saves a checkpoint, on the first process. Returns False if that failed."""
+        if self.machine.rank > 0:
+            return True
         state = dict(model=self.model.state_dict(),
                      optimizer=[optimizer.state_dict() for optimizer in self.optimizers],
                      scaler=self.scaler.state_dict(), model_args=asdict(self.model.config),
                      config=asdict(self.cfg), tokenizer=self.task.tok.name, data=self.task.about,
                      iter_num=self.it, tokens=self.tokens, best_val_loss=self.best_val_loss)
-        if self.machine.rank > 0:
-            return True
         with keep_going(f'{name} (the one before it stands)'):
             replace_file(self.out_dir / name, lambda path: torch.save(state, path))
             shutil.rmtree(self.out_dir / 'replaced', ignore_errors=True)
@@ -744,7 +744,7 @@ def refuse_to_replace(out_dir, saved):
 def go_on(cfg, given, out_dir, saved):
     """(cfg, checkpoint) of a run that goes on. MAY_CHANGE are the settings that may be new."""
     path = out_dir / (saved or ['ckpt.pt'])[0]  # after a kill, best.pt may be there alone
-    checkpoint = load_start(path)
+    checkpoint = load_checkpoint(path)
     old = checkpoint['config']
     if unknown := old.keys() - asdict(cfg).keys():
         raise UserError(f"{out_dir} holds a run of another script: it has {', '.join(unknown)}")
