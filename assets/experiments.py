@@ -34,6 +34,7 @@ MODELS = {  # what a model differs in, in pre-training
     'pause': ('--meta_attn=False',),               # the tokens without the attention
     'gpt2': PLAIN,                                 # neither
     'same-size': (*PLAIN, '--n_layer=4'),          # as many parameters as meta has
+    'pause-same-size': ('--meta_attn=False', '--n_layer=4'),
     'same-time': (*PLAIN, '--n_layer=4', '--max_iters=1405'),  # same-size, in meta's seconds
     'meta-ape': ('--pos=ape',),
     'gpt2-ape': ('--pos=ape', *PLAIN),
@@ -387,9 +388,9 @@ def books(bench, seed):
         yield perplexity(bench, 'books', seed, '--text=data/books')
 
 
-def perplexity(bench, experiment, seed, *settings):
-    """Of four models in one command: so the same tokens count as recalled for all of them."""
-    trainings = [bench.pretrained(model, seed) for model in ('meta', 'pause', 'gpt2', 'same-size')]
+def perplexity(bench, experiment, seed, *settings, models=('meta', 'pause', 'gpt2', 'same-size')):
+    """Of some models in one command: so the same tokens count as recalled for all of them."""
+    trainings = [bench.pretrained(model, seed) for model in models]
     paths = ','.join(f'{training.out_dir}/best.pt' for training in trainings)
     read = partial(read_perplexity, text='books' if settings else 'stdlib')
     return Measurement(dict(experiment=experiment, seed=seed), trainings[0],
@@ -400,10 +401,14 @@ def perplexity(bench, experiment, seed, *settings):
 def rate_distortion(bench, seed):
     """Does the last meta-token tell more per nat than a text token?"""
     for model in 'meta', 'pause':
-        training = tested(bench, '', model, seed, 'list_recall').training
-        command = 'evaluate.py', 'rate_distortion', f'--ckpt={training.out_dir}/best.pt'
-        about = dict(experiment='rate_distortion', model=model, seed=seed)
-        yield Measurement(about, training, command, read_rate_distortion)
+        yield tells(bench, model, seed)
+
+
+def tells(bench, model, seed):
+    training = tested(bench, '', model, seed, 'list_recall').training
+    command = 'evaluate.py', 'rate_distortion', f'--ckpt={training.out_dir}/best.pt'
+    about = dict(experiment='rate_distortion', model=model, seed=seed)
+    return Measurement(about, training, command, read_rate_distortion)
 
 
 def table1(bench, seed):
@@ -426,6 +431,16 @@ def table1(bench, seed):
                      yarn_scale=scale, train_length=train_length)
 
 
+def pause_same_size(bench, seed):
+    """Where meta leads pause, does it lead a pause with as many parameters? Asked after the run."""
+    model = 'pause-same-size'
+    yield tested(bench, 'markers', model, seed, 'list_recall', '--markers=random',
+                 markers='random')
+    yield tells(bench, model, seed)
+    if (ROOT / 'data/books').exists():
+        yield perplexity(bench, 'books', seed, '--text=data/books', models=(model,))
+
+
 def mechanism(bench, seed):
     """What the token that predicts the answer looks at, in one prompt: a picture."""
     if seed == SEEDS[0]:
@@ -441,7 +456,8 @@ EXPERIMENTS = dict(recall=recall, loss=loss, recall_tokens=recall_tokens, books=
                    inside=inside, inside_taught=inside_taught, mechanism=mechanism,
                    rate_distortion=rate_distortion, markers=markers, table1=table1,
                    hard_tasks=hard_tasks, hybrid=hybrid, placement=placement,
-                   train_length=train_length, recall_more=recall_more)
+                   train_length=train_length, recall_more=recall_more,
+                   pause_same_size=pause_same_size)
 
 
 def measurements(bench, name):

@@ -29,7 +29,7 @@ def list_experiments(bench, names):
         minutes = sum(minutes_of(training) for training in runs.values() if not training.done)
         minutes += MINUTES['evaluate.py'] * len(left)
         doc = ' '.join(EXPERIMENTS[name].__doc__.split()).split('. ')[0]
-        print(f'{name:14} {len(wanted) - len(left):3} of {len(wanted):3} measured, '
+        print(f'{name:16} {len(wanted) - len(left):3} of {len(wanted):3} measured, '
               f'{minutes / 2:4.0f} minutes left on two cores   {doc}')
 
 

@@ -66,11 +66,15 @@ def lower_loss(reading, experiment, n_meta, command='', figure='nats'):
                  ((1, gpt2), (-1, meta | dict(n_meta=n_meta))), command, figure)
 
 
-def lower_loss_than_pause(reading, experiment):
-    meta, pause = (dict(experiment=experiment, model=model, n_meta=26)
-                   for model in ('meta', 'pause'))
-    return Claim('meta beats pause (asked after the run)', reading, ((1, pause), (-1, meta)),
-                 figure='nats')
+def asked_after(other):
+    """Where meta led pause, as was seen after the run."""
+    text = f'meta beats {other} (asked after the run)'
+    yield Claim(text, '`random`', marked('random', other))
+    meta, pause = (dict(experiment='books', model=model, n_meta=26) for model in ('meta', other))
+    yield Claim(text, 'loss of books', ((1, pause), (-1, meta)), figure='nats')
+    for token in 'last text token', 'text token before it':
+        claim = tells_more(text, token, (-1, 'meta'), (1, other))
+        yield claim._replace(reading=f'lead per nat over the {token}')
 
 
 def more_by_longer_training(model, weight):
@@ -138,13 +142,12 @@ CLAIMS = [
            (1, MARKS | dict(model='gpt2', markers='none')))),
     Claim('Also in a window stretched by YaRN (Table 1)', '×8 to 256, at 128 tokens',
           stretched(8, 256, 128)),
-    *[Claim('meta beats pause (asked after the run)', f'`{where}`', marked(where, 'pause'))
-      for where in ('end', 'random', 'none')],
-    lower_loss_than_pause('source', 'recall_tokens'),
-    lower_loss_than_pause('books', 'books'),
-    *[tells_more('Their lead per nat is larger than in pause (asked after the run)', token,
-                 (-1, 'meta'), (1, 'pause'))
-      for token in ('last text token', 'text token before it')],
+    *[Claim('meta beats pause', f'`{where}`', marked(where, 'pause')) for where in ('end', 'none')],
+    Claim('meta beats pause', 'loss of source',
+          ((1, dict(experiment='recall_tokens', model='pause', n_meta=26)),
+           (-1, dict(experiment='recall_tokens', model='meta', n_meta=26))), figure='nats'),
+    *asked_after('pause'),
+    *asked_after('pause-same-size'),
 ]
 
 
