@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from evaluate import ZEROED, held_out, markdown
-from experiments import MODELS, SEEDS, TABLE1_CELLS
+from experiments import MODELS, PARITY_LENGTH, SEEDS, TABLE1_CELLS
 from prepare import META, get_tokenizer
 from train import new_figure, replace_file
 
@@ -41,8 +41,8 @@ def better(model, other, **where):
     return (1, RECALL | where | dict(model=model)), (-1, RECALL | where | dict(model=other))
 
 
-def at_lengths(text, model, other, command=''):
-    return [Claim(text, f'{length} tokens', better(model, other, length=length), command)
+def at_lengths(text, model, other, command='', words='{} tokens'):
+    return [Claim(text, words.format(length), better(model, other, length=length), command)
             for length in (64, 128)]
 
 
@@ -97,9 +97,16 @@ def marked(where, other='gpt2'):
 
 
 MARKS = dict(RECALL, experiment='markers', length=64)
+OTHER_TASKS = {
+    'counting': dict(experiment='hard_tasks', task='segment_counting', length=24),
+    'parity': dict(experiment='hard_tasks', task='parity', length=PARITY_LENGTH),
+    'copying': dict(task='copying', length=64),
+}
 CLAIMS = [
     # the paper's
     *at_lengths('Meta-tokens help list recall (Fig. 1)', 'meta', 'gpt2', TASKS),
+    *[Claim('They help the other tasks (Fig. 1)', reading, better('meta', 'gpt2', **where), TASKS)
+      for reading, where in OTHER_TASKS.items()],
     Claim('More with longer training prompts (Fig. 1)', '64 for 32',
           (*more_by_longer_training('meta', 1), *more_by_longer_training('gpt2', -1)), TASKS),
     *[Claim('Also in a window stretched by YaRN (Table 1)', f'×{scale} to {length}',
@@ -124,8 +131,9 @@ CLAIMS = [
     *[lower_loss(reading, experiment, 26, 'perplexity')
       for reading, experiment in (('source', 'recall_tokens'), ('books', 'books'))],
     # the controls
-    *at_lengths('meta beats pause', 'meta', 'pause', TASKS),
-    *at_lengths('meta beats same-size', 'meta', 'same-size', TASKS),
+    *[claim for other in ('pause', 'same-size')
+      for claim in at_lengths('meta beats pause, and same-size', 'meta', other, TASKS,
+                              other + ' at {} tokens')],
     *[Claim('meta beats gpt2 wherever the marks stand', f'`{where}`', marked(where), TASKS)
       for where in ('task', 'end', 'random', 'none')],
     # more, for the long table
