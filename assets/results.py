@@ -58,7 +58,7 @@ def main():
         readme = ROOT / 'README.md'
         text = fill(readme.read_text(), bench.rows)
         replace_file(readme, lambda path: path.write_text(text))
-    draw_pictures(bench.rows, bench.path.parent, bench.out)
+    draw_pictures(bench)
 
 
 if __name__ == '__main__':

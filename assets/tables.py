@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from evaluate import ZEROED, held_out, markdown
-from experiments import MODELS, PARITY_LENGTH, SEEDS, TABLE1_CELLS
+from experiments import MODELS, PARITY_LENGTH, ROOT, SEEDS, TABLE1_CELLS, measurements
 from prepare import META, get_tokenizer
 from train import new_figure, replace_file
 
@@ -109,7 +109,7 @@ CLAIMS = [
       for reading, where in OTHER_TASKS.items()],
     Claim('More with longer training prompts (Fig. 1)', '64 for 32',
           (*more_by_longer_training('meta', 1), *more_by_longer_training('gpt2', -1)), TASKS),
-    *[Claim('Also in a window stretched by YaRN (Table 1)', f'×{scale} to {length}',
+    *[Claim('Also in a window stretched by YaRN (Table 1)', f'{scale}× at {length}',
             stretched(scale, length, length), TASKS)
       for scale, length in TABLE1_CELLS if scale > 1],
     *[Claim('Zeroing their position helps (Table 2)', f'{length} tokens',
@@ -148,7 +148,7 @@ CLAIMS = [
            (-1, MARKS | dict(model='pause', markers='none')),
            (-1, MARKS | dict(model='gpt2', markers='task')),
            (1, MARKS | dict(model='gpt2', markers='none')))),
-    Claim('Also in a window stretched by YaRN (Table 1)', '×8 to 256, at 128 tokens',
+    Claim('Also in a window stretched by YaRN (Table 1)', '8× to 256, at 128',
           stretched(8, 256, 128)),
     *[Claim('meta beats pause', f'`{where}`', marked(where, 'pause')) for where in ('end', 'none')],
     Claim('meta beats pause', 'loss of source',
@@ -514,6 +514,26 @@ def draw_markers(rows):
     return figure
 
 
+def draw_learning(bench):
+    """A panel for each cell of Table 1: right answers as it was taught, a line for each seed."""
+    figure = new_figure(13, 3.2)
+    panels = dict(zip(TABLE1_CELLS, figure.subplots(1, len(TABLE1_CELLS), sharey=True)))
+    for (scale, length), ax in panels.items():
+        ax.axhline(100 * guesses(length)[LIST_KNOWN], color='0.5', lw=1)
+        ax.set(title=f'stretched {scale} times' if scale > 1 else '256 from the start',
+               xlabel=f'steps, up to {length} tokens', ylim=(0, 105))
+    for m in measurements(bench, 'table1'):
+        log = np.genfromtxt(ROOT / m.training.out_dir / 'log.csv', delimiter=',', names=True)
+        log = log[~np.isnan(log['exact_match'])]
+        ax, model = panels[m.about['yarn_scale'], m.about['train_length']], m.about['model']
+        label = model if m.about['seed'] == SEEDS[0] else ''
+        ax.plot(log['iter'], 100 * log['exact_match'], LINES[model], label=label)
+    figure.axes[0].set_ylabel('right answers (%)')
+    figure.axes[0].legend(title='grey: a guess in\nthe right list', fontsize=8)
+    return figure
+
+
+LINES = {'meta': 'k-', 'pause': 'C0:', 'gpt2': 'C1--'}
 PICTURES = {  # that evaluate.py drew, of the first seed
     'caching': 'meta-{seed}/eval/caching.png',
     'sharpening': 'meta-{seed}/eval/sharpening.png',
@@ -522,14 +542,19 @@ PICTURES = {  # that evaluate.py drew, of the first seed
 }
 
 
-def draw_pictures(rows, folder, out):
+def draw_pictures(bench):
+    rows, folder, out = bench.rows, bench.path.parent, bench.out
     for name, drawn in PICTURES.items():
         path = out / drawn.format(seed=SEEDS[0])
         if path.exists():
             replace_file(folder / f'{name}.png', partial(shutil.copy, path))
-    measured = {row['experiment'] for row in rows}
-    for name, draw in dict(recall=draw_recall, markers=draw_markers).items():
-        if name in measured:
-            figure = draw(rows)
-            replace_file(folder / f'{name}.png',
-                         lambda path: figure.savefig(path, format='png', dpi=120))
+    measured, figures = {row['experiment'] for row in rows}, {}
+    if 'recall' in measured:
+        figures['recall'] = draw_recall(rows)
+    if 'markers' in measured:
+        figures['markers'] = draw_markers(rows)
+    if all(m.training.done for m in measurements(bench, 'table1')):
+        figures['learning'] = draw_learning(bench)
+    for name, figure in figures.items():
+        replace_file(folder / f'{name}.png',
+                     lambda path: figure.savefig(path, format='png', dpi=120))
