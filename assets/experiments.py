@@ -47,7 +47,7 @@ MODELS = {  # what a model differs in, in pre-training
 }
 MINUTES = {'train.py': 3.0, 'finetune.py': 4.0, 'evaluate.py': 0.5}  # of a run on one thread
 TABLE1_CELLS = (4, 64), (4, 128), (8, 128), (8, 256), (1, 256)  # YaRN's scale, trained length
-PARITY_LENGTH, TOO_LONG = 28, 32  # the longest parity that some model learns; one that none does
+PARITY_LENGTH, TOO_LONG = 28, 32  # of parity: at 32 the first seed of each model stays below 83%
 
 # ------------------------------------------------------------------------------
 # Runs

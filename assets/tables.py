@@ -102,6 +102,10 @@ OTHER_TASKS = {
     'parity': dict(experiment='hard_tasks', task='parity', length=PARITY_LENGTH),
     'copying': dict(task='copying', length=64),
 }
+OTHER_META = {
+    'hybrid': ('hybrid', 'no-positions'),
+    'placement': ('periodic', 'rate-0.05', 'rate-0.2', 'sink'),
+}
 CLAIMS = [
     # the paper's
     *at_lengths('Meta-tokens help list recall (Fig. 1)', 'meta', 'gpt2', TASKS),
@@ -139,6 +143,9 @@ CLAIMS = [
     # more, for the long table
     *at_lengths('meta beats same-size in equal time', 'meta', 'same-time'),
     *at_lengths('pause beats gpt2', 'pause', 'gpt2'),
+    *[Claim(f'{model} beats meta', f'{length} tokens',
+            better(model, 'meta', experiment=experiment, length=length))
+      for experiment, models in OTHER_META.items() for model in models for length in (64, 128)],
     lower_loss('source, without meta-tokens in it', 'recall_tokens', 0),
     lower_loss('books, without meta-tokens in them', 'books', 0),
     *[lower_loss(f'{text}, recalled bigrams', experiment, 26, figure='nats_seen_bigram')
