@@ -9,10 +9,10 @@ Teach a model one of the paper's four recall tasks, in which meta-tokens mark wh
 
 The tasks, with words (--tokenizer=gpt2) for items; · is the meta-token:
 
-    list_recall       A: fig car plum⏎B: oil net pea·⏎C: rice bean ear⏎·Item 2 of B? -> net
-    segment_counting  A: fig· car fig⏎B: fig net· fig⏎Count fig?                     -> 2
-    parity            0 1 1· 0 1⏎Parity?                                             -> 0
-    copying           fig car·[net pea fig]· plum⏎Copy?                              -> net pea fig
+    list_recall       A: fig car jar⏎B: oil net pen·⏎C: ice egg ear⏎·Item 2 of B? -> net
+    segment_counting  A: fig· car fig⏎B: fig net· fig⏎Count fig?                  -> 2
+    parity            0 1 1· 0 1⏎Parity?                                          -> 0
+    copying           fig car·[net pen fig]· jar⏎Copy?                            -> net pen fig
 
 Writes out_dir/ as train.py does. `python evaluate.py tasks` measures the result.
 """

@@ -321,7 +321,7 @@ class Run:
         # The same weights, in up to two wrappers.
         self.compiled = self.parallel = machine.compiled(model, cfg.compile)
         if machine.world > 1:
-            idx, _ = task.batch(0)
+            idx, _ = task.batch(0)  # without meta-tokens meta-attention gets no gradient
             unused = model.config.meta_attn and not most_meta(idx, model.config.meta_id)
             self.parallel = DistributedDataParallel(self.compiled, find_unused_parameters=unused)
         self.began, self.first_it = time.time(), self.it

@@ -21,6 +21,7 @@ from train import new_figure, replace_file
 
 T_95 = {3: 4.303, 4: 3.182, 5: 2.776}  # Student's t for so many seeds
 SMALL = 0.05  # a difference below this counts as nothing: 5 points of exact match, or 0.05 nats
+OVER_UNIFORM = 'attention to meta-tokens over uniform'
 SMALL_SHARE = 0.01  # of attention: all meta-tokens together get a few hundredths
 
 
@@ -31,6 +32,7 @@ class Claim(NamedTuple):
     terms: tuple     # (weight, {what the rows of this term are})
     command: str = ''
     figure: str = 'exact_match'
+    small: float = SMALL
 
 
 RECALL = dict(experiment='recall', task='list_recall', meta_tokens='full')
@@ -66,12 +68,17 @@ def lower_loss(reading, experiment, n_meta, command='', figure='nats'):
                  ((1, gpt2), (-1, meta | dict(n_meta=n_meta))), command, figure)
 
 
+def less_loss(other, experiment):
+    """Of meta against a model that has its meta-tokens in its text too."""
+    row = dict(experiment=experiment, n_meta=26)
+    return (1, row | dict(model=other)), (-1, row | dict(model='meta'))
+
+
 def asked_after(other):
     """Where meta led pause, as was seen after the run."""
     text = f'meta beats {other} (asked after the run)'
     yield Claim(text, '`random`', marked('random', other))
-    meta, pause = (dict(experiment='books', model=model, n_meta=26) for model in ('meta', other))
-    yield Claim(text, 'loss of books', ((1, pause), (-1, meta)), figure='nats')
+    yield Claim(text, 'loss of books', less_loss(other, 'books'), figure='nats')
     for token in 'last text token', 'text token before it':
         claim = tells_more(text, token, (-1, 'meta'), (1, other))
         yield claim._replace(reading=f'lead per nat over the {token}')
@@ -126,11 +133,12 @@ CLAIMS = [
     sharper('in meta-attention', 'meta-attention'),
     sharper('in the output', 'output at meta-tokens'),
     *[Claim('They cache earlier text (Fig. 2)', reading,
-            ((1, dict(experiment='caching', model='meta', of=of)),), 'caching', 'mean')
-      for reading, of in (('in resembling near text', 'fades more than at text tokens'),
-                          ('in text looking there', 'attention to meta-tokens over uniform'))],
-    *[tells_more('Per nat kept, they tell more of the answer (rate-distortion)', token, (-1, 'meta'),
-                 command='rate_distortion')
+            ((1, dict(experiment='caching', model='meta', of=of)),), 'caching', 'mean', small)
+      for reading, of, small in (
+          ('in resembling near text', 'fades more than at text tokens', SMALL),
+          ('in text looking there', OVER_UNIFORM, SMALL_SHARE))],
+    *[tells_more('Per nat kept, they tell more of the answer (rate-distortion)', token,
+                 (-1, 'meta'), command='rate_distortion')
       for token in ('last text token', 'text token before it')],
     *[lower_loss(reading, experiment, 26, 'perplexity')
       for reading, experiment in (('source', 'recall_tokens'), ('books', 'books'))],
@@ -158,9 +166,7 @@ CLAIMS = [
     Claim('Also in a window stretched by YaRN (Table 1)', '8× to 256, at 128',
           stretched(8, 256, 128)),
     *[Claim('meta beats pause', f'`{where}`', marked(where, 'pause')) for where in ('end', 'none')],
-    Claim('meta beats pause', 'loss of source',
-          ((1, dict(experiment='recall_tokens', model='pause', n_meta=26)),
-           (-1, dict(experiment='recall_tokens', model='meta', n_meta=26))), figure='nats'),
+    Claim('meta beats pause', 'loss of source', less_loss('pause', 'recall_tokens'), figure='nats'),
     *asked_after('pause'),
     *asked_after('pause-same-size'),
 ]
@@ -313,7 +319,8 @@ def draw_claims(rows):
                 mean, low, high = (in_unit(claim, value, digits=1) for value in interval)
                 ends = f'{mean} ({low} to {high})'
             seeds = ' '.join(in_unit(claim, value, digits=0) for value in sums)
-            lines.append([claim.text, claim.reading, ends, seeds, f'**{verdict(interval)}**'])
+            word = verdict(interval, claim.small)
+            lines.append([claim.text, claim.reading, ends, seeds, f'**{word}**'])
     return markdown(['claim', 'reading', 'for it (+) or against it (-), 95%', 'each seed',
                      'verdict'], lines)
 
@@ -326,7 +333,8 @@ def draw_verdicts(rows):
         readings = {}  # by verdict
         for claim in claims:
             _, interval = compare(rows, claim)
-            readings.setdefault(verdict(interval), []).append(claim.reading)
+            word = verdict(interval, claim.small)
+            readings.setdefault(word, []).append(claim.reading)
         cells = [f'**{word}**' for word in readings]
         if len(readings) > 1:
             cells = [f"**{word}** {', '.join(where)}" for word, where in readings.items()]
@@ -348,7 +356,7 @@ def draw_inside(rows, after=''):
             _, interval = compare(rows, Claim('', '', ((sign, row),), figure='mean'))
             found = select(rows, row, 'mean')
             what = f'{reading}: {of} against {other}' if reading else of
-            small = SMALL_SHARE if of == 'attention to meta-tokens over uniform' else SMALL
+            small = SMALL_SHARE if of == OVER_UNIFORM else SMALL
             lines.append([what, model, f'{mean_of(found):+.3f}', each(found, '{:+.2f}'),
                           f'**{verdict(interval, small)}**'])
     return markdown(['change', 'model', 'mean', 'seeds', 'as the paper says'], lines)
