@@ -68,13 +68,13 @@ def load_models(paths, machine, yarn_scale=1.0):
     return models
 
 
-def load_one(ckpt, machine, with_meta_tokens=True):
+def load_one(ckpt, machine, needs_meta_tokens=True):
     """Loaded. Raises UserError where meta-tokens are wanted, and its training had none."""
     if ',' in ckpt:
         raise UserError(f'--ckpt={ckpt}: one checkpoint at a time here')
     m, = load_models(ckpt, machine)
     n_meta = meta_count(m.model.config.block_size, m.trained['meta_rate'])
-    if with_meta_tokens and not n_meta and 'task' not in m.trained:
+    if needs_meta_tokens and not n_meta and 'task' not in m.trained:
         raise UserError(f'{ckpt} was trained without meta-tokens: there is nothing to measure; '
                         'name one that was trained with them')
     return m
@@ -150,7 +150,7 @@ def verdict(interval, below, unsure, above):
 class TasksConfig:
     ckpt: str = 'out/tiny-list_recall/best.pt'  # one checkpoint, or several with commas between
     task: Literal[('own', *TASKS, 'all')] = 'own'  # own: what the first checkpoint was taught
-    lengths: str = '64,128,256'  # prompt lengths in tokens: from three quarters of it to all of it
+    lengths: str = '64,128,256'  # of the longest prompts, in tokens; the shortest have 3/4 of it
     n_examples: Positive = 1000  # held-out ones of each length, the same for models of one task
     yarn_scale: float = 1.0      # test RoPE models also stretched so many times, untrained for it
     device: str = 'auto'         # auto | cpu | cuda | mps
@@ -231,15 +231,14 @@ def draw_tasks(cells, models, chosen, lengths):
     figure = new_figure(2 + 4 * len(chosen), 4.5)
     axes = figure.subplots(1, len(chosen), squeeze=False, sharey=True)[0]
     trained = {m.trained['train_length'] for m in models if 'train_length' in m.trained}
-    curves = list(product([m.name for m in models], ZEROED))
     for ax, task in zip(axes, chosen):
-        for n, (name, words) in enumerate(curves):
-            wanted = task, name, words
+        for (n, m), (k, words) in product(enumerate(models), enumerate(ZEROED)):
+            wanted = task, m.name, words
             points = [c for c in cells if 'exact_match' in c and
                       (c['task'], c['model'], c['meta_tokens']) == wanted]
             if points:
-                draw_share(ax, points, label=f'{name}, {words}', color=f'C{n // 3}',
-                           marker='osD^vPX*'[n // 3 % 8], ls=('-', '--', ':')[n % 3])
+                style = line_style(n) | dict(ls=('-', '--', ':')[k])
+                draw_share(ax, points, label=f'{m.name}, {words}', **style)
         guesses = {c['length']: 100 * c['guess'] for c in cells if c['task'] == task}
         ax.plot(guesses.keys(), guesses.values(), color='0.4', ls=':', label='best constant guess')
         for length in trained:
@@ -520,9 +519,8 @@ def prompts_of_one_length(m, n):
     task, length = m.trained['task'], m.trained['train_length']
     if task == 'all':
         task = next(iter(TASKS))
-    stream = examples(task, length, 'test', 3, m.tok, m.trained['markers'])
     by_length = defaultdict(list)
-    for prompt, _ in stream:
+    for prompt, _ in examples(task, length, 'test', 3, m.tok, m.trained['markers']):
         group = by_length[len(prompt)]
         group.append(prompt)
         if len(group) == n:
@@ -611,9 +609,10 @@ def sharpening(argv):
     cfg, m, idx = open_inside(sharpening.__doc__, argv)
     results = measure_sharpening(m.model, idx)
     report_sharpening(results, m.name, len(idx))
-    changes = [r.pop('change') for r in results]                    # too many numbers for a file
-    write_results(cfg.ckpt, 'sharpening', dict(settings=asdict(cfg), change=results),
-                  draw_sharpening(results, changes))
+    figure = draw_sharpening(results)
+    for r in results:
+        del r['change']                                             # too many numbers for a file
+    write_results(cfg.ckpt, 'sharpening', dict(settings=asdict(cfg), change=results), figure)
 
 
 def sharpness(model, row, reading, zero_meta=None):
@@ -676,27 +675,27 @@ def report_sharpening(results, name, n_rows):
     heads = [f'head {h}' for h in range(n_head)]
     print(markdown(['change of', 'against', 'layer', 'mean', *heads], table))
     for r in results:
-        total = r['mean'], r['low'], r['high']
+        total = values_of(r)
         word = verdict(total, 'it falls', 'not resolved', 'it rises')
         paper = 'it falls' if PAPER[r['of']] < 0 else 'it rises'
         print(f"{r['reading']}: {r['of']} against {r['against']}: {span(total)}, {word}; "
               f"the paper: {paper}, by {abs(PAPER[r['of']]):.2f}")
 
 
-def draw_sharpening(results, changes):
+def draw_sharpening(results):
     figure = new_figure(10, 4)
     axes = dict(zip(SHARPENED, figure.subplots(1, 2)))
     results = [r for r in results if r['reading'] == AT_TEXT]
-    for r, change in zip(results, changes):  # those at text tokens come first
-        ax, zeroed = axes[r['of']], r['against'] == 'zeroed embeddings'
+    for r in results:
+        ax, change = axes[r['of']], r['change']
+        zeroed = r['against'] == 'zeroed embeddings'
         style = dict(color='C0', alpha=0.6) if zeroed else dict(color='k', histtype='step', lw=1.5)
         bins = np.linspace(*np.percentile(change, (0.5, 99.5)), 81)
         ax.hist(change.ravel(), bins, density=True, label=f"against {r['against']}: mean "
                 f"{r['mean']:+.2f}", **style)
     for r in results:
         if r['against'] == 'zeroed embeddings':
-            total = r['mean'], r['low'], r['high']
-            word = verdict(total, 'lowered', 'not moved (as far as resolved)', 'raised')
+            word = verdict(values_of(r), 'lowered', 'not moved (as far as resolved)', 'raised')
             axes[r['of']].set_title(f"at text tokens the {r['of']} is {word}")
     for measure, ax in axes.items():
         unit = ' (nats)' if measure == 'entropy' else ''
@@ -827,10 +826,10 @@ def draw_caching(results, x, row, m):
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.5))
     for kind, label in enumerate(('meta-tokens', 'text tokens (control)')):
         color = ('C0', 'k')[kind]
-        mean, low, high = (results['curves'][key][kind, -1] for key in ('mean', 'low', 'high'))
+        mean, low, high = values_of(results['curves'])[:, kind, -1]
         left.plot(results['distance'], mean, color=color, marker='os'[kind], ms=4, label=label)
         left.fill_between(results['distance'], low, high, color=color, alpha=0.25)
-    fading = [results['fading'][key][0, -1] for key in ('mean', 'low', 'high')]
+    fading = values_of(results['fading'])[:, 0, -1]
     word = verdict(fading, 'grows with distance', 'neither fades nor grows', 'fades with distance')
     left.set(title=f'what a meta-token holds of earlier text {word}', xscale='log',
              xlabel='distance back to a text token (positions)',
@@ -982,7 +981,6 @@ CURVES = META_CURVE, TEXT_CURVE, BEFORE_CURVE, ZEROED_CURVE
 PAPER_N = 50  # examples, which the paper went through five times
 
 
-@torch.no_grad()
 def rate_distortion(argv):
     """
     The rate-distortion curve of the last meta-token's hidden state, of a frozen model, by a
@@ -991,7 +989,7 @@ def rate_distortion(argv):
     """
     cfg, _ = parse_config(RateDistortionConfig, argv=argv, doc=rate_distortion.__doc__)
     machine = Machine(cfg.device, 'float32')
-    m = load_one(cfg.ckpt, machine, with_meta_tokens=False)
+    m = load_one(cfg.ckpt, machine, needs_meta_tokens=False)
     results = measure_rate_distortion(cfg, m, machine.device)
     report_rate_distortion(results, m, cfg)
     write_results(cfg.ckpt, 'rate_distortion', dict(settings=asdict(cfg), **results),
@@ -1024,6 +1022,7 @@ def first_word(answer, tok):
     return next(i for i in answer if tok.decode([i]).strip())
 
 
+@torch.no_grad()
 def bottleneck_states(m, n, split, ckpt, device):
     """n examples: hidden states {curve: (n, C)} for each of CURVES, and targets y (n,)."""
     pairs, meta_id = bottleneck_prompts(m, n, split, ckpt), m.model.config.meta_id
@@ -1060,13 +1059,16 @@ class Bottlenecks(torch.nn.Module):
         super().__init__()
         self.generator = torch.Generator().manual_seed(0)
         self.mean, self.std = h.mean(0), h.std(0) + 1e-6
-        shapes = dict(encoder=(h.shape[1], 2 * z_dim), decoder=(z_dim, n_classes))
-        for name, (rows, columns) in shapes.items():
+
+        def weights(rows, columns):                                        # (K, rows, columns)
             w = torch.randn(n_seeds, rows, columns, generator=self.generator) / rows ** 0.5
-            w = w.repeat_interleave(n_betas, dim=0).to(h.device)           # (K, rows, columns)
-            setattr(self, name, torch.nn.Parameter(w))
-            offset = torch.zeros(n_seeds * n_betas, 1, columns, device=h.device)
-            setattr(self, f'{name}_offset', torch.nn.Parameter(offset))
+            return torch.nn.Parameter(w.repeat_interleave(n_betas, dim=0).to(h.device))
+
+        def zeros(columns):                                                # (K, 1, columns)
+            return torch.nn.Parameter(torch.zeros(n_seeds * n_betas, 1, columns, device=h.device))
+
+        self.encoder, self.encoder_offset = weights(h.shape[1], 2 * z_dim), zeros(2 * z_dim)
+        self.decoder, self.decoder_offset = weights(z_dim, n_classes), zeros(n_classes)
 
     def forward(self, h, y):
         """h (n, C), y (n,) -> rate and distortion in nats, (2, K, n)."""
@@ -1083,7 +1085,6 @@ class Bottlenecks(torch.nn.Module):
         return torch.stack((rate, distortion))
 
 
-@torch.enable_grad()
 def fit_bottlenecks(h, y, h_test, y_test, betas, n_seeds, z_dim, n_steps):
     """
     Trains on distortion + beta * rate. h (n, C), y (n,) class numbers. Returns rate and distortion
@@ -1109,12 +1110,12 @@ def fit_bottlenecks(h, y, h_test, y_test, betas, n_seeds, z_dim, n_steps):
 
 def at_equal_rate(one, other, most):
     """
-    Two curves (2, points) of rate and distortion: one's distortion less other's (50,), over the
-    rates up to `most` that both reach; (nan,) if these are less than a tenth of all up to there.
+    Two curves (2, points) of rate and distortion -> one's distortion less other's (50,), at the
+    rates up to `most` that both reach; (nan,) where these span less than a tenth of 0 to the last.
     """
     one, other = (x[:, np.argsort(x[0])] for x in (one, other))
     low, high = max(one[0, 0], other[0, 0]), min(one[0, -1], other[0, -1], most)
-    if high - low < min(most, high) / 10:
+    if high - low < high / 10:
         return np.array([np.nan])
     rates = np.linspace(low, high, 50)
     return np.interp(rates, *one) - np.interp(rates, *other)
@@ -1154,8 +1155,8 @@ def measure_rate_distortion(cfg, m, device):
 def count_strictly_lower(h, y, z_dim):
     """
     What the paper's size can show. Draws PAPER_N examples, and as many held-out ones, again and
-    again. How often is one curve lower than another at every rate? And how often than itself, from
-    other initial weights? No difference is there to be found in the latter.
+    again. Counts how often one curve is lower than another at every rate. A curve is also held
+    against itself from other initial weights, where any lead is chance.
     """
     n_draws, betas = len(y) // (2 * PAPER_N), np.geomspace(1e-2, 1, 10).tolist()
     pairs = [(TEXT_CURVE, TEXT_CURVE)]
@@ -1314,7 +1315,7 @@ def sample(argv):
     """Text from a checkpoint, printed as it comes."""
     cfg, given = parse_config(SampleConfig, argv=argv, doc=sample.__doc__)
     machine = Machine(cfg.device, cfg.dtype)
-    m = load_one(cfg.ckpt, machine, with_meta_tokens=False)
+    m = load_one(cfg.ckpt, machine, needs_meta_tokens=False)
     config, eot = m.model.config, m.tok.eot_token
     every = cfg.meta_every if cfg.meta_every >= 0 else generation_meta_every(m.trained)
     m.model.meta_every = every

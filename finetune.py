@@ -75,7 +75,7 @@ def parity(size, length, rng, items):
 
 def copying(size, length, rng, items):
     """The span in brackets, which are marked. It has up to the square root of length items."""
-    words = draw(max(size, 2), rng, items)
+    words = rng.choice(items, max(size, 2)).tolist()
     n = rng.integers(1, min(round(length ** 0.5), len(words) - 1) + 1)
     start = rng.integers(1, len(words) - n + 1)
     span = ' '.join(words[start:start + n])
@@ -85,18 +85,15 @@ def copying(size, length, rng, items):
 
 def draw_lists(size, length, rng, items):
     """
-    Named lists of k items, size items in all: names, lists. k is at most the cube root of length,
-    4 at 64 and 8 at 512, unless there are more items than 26 such lists hold.
+    Named lists of k items: names, lists. One list, or as many as `size` items fill. k is 2 or more
+    and at most the cube root of length, 4 at 64 and 8 at 512; larger where 26 lists are too few.
     """
     k = rng.integers(2, max(round(length ** (1 / 3)), 2) + 1)
     k = max(k, math.ceil(size / 26))
     n_lists = max(size // k, 1)
     names = [ascii_uppercase[i] for i in rng.permutation(26)[:n_lists]]
-    return names, split(draw(n_lists * k, rng, items), k)
-
-
-def draw(n, rng, items):
-    return [items[i] for i in rng.integers(len(items), size=n)]
+    words = rng.choice(items, n_lists * k).tolist()
+    return names, split(words, k)
 
 
 def split(words, k):
@@ -156,10 +153,8 @@ def make_example(task, length, rng, tok, markers='task'):
 
 def to_ids(text, tok):
     """Text in which · stands for the meta-token -> ids."""
-    ids = []
-    for part in text.split('·'):
-        ids += [meta_token(tok), *tok.encode_ordinary(part)]
-    return ids[1:]
+    text = text.replace('·', META)
+    return tok.encode(text, allowed_special={META}, disallowed_special=())
 
 
 def place_marks(prompt, markers, rng, tok):
@@ -241,9 +236,8 @@ PRESETS['gpt2'] = PRESETS['paper'] | dict(init_from='gpt2')
 
 def phase_lengths(task, train_length):
     """The five prompt lengths of the curriculum, in equal ratios from the shortest prompts."""
-    shortest = TASKS[task].shortest
-    ratio = train_length / shortest
-    return [round(shortest * ratio ** (p / 5)) for p in range(1, 6)]
+    lengths = np.geomspace(TASKS[task].shortest, train_length, 6)[1:]
+    return lengths.round().astype(int).tolist()
 
 
 def width_for(lengths):
@@ -386,6 +380,25 @@ class Recall:
         return f'        measure it by length: python evaluate.py tasks --ckpt={out_dir}/best.pt'
 
 
+def check_markers(cfg):
+    tasks = TASKS if cfg.task == 'all' else [cfg.task]
+    for task in tasks:
+        can = cfg.markers == 'task' or not TASKS[task].needs_marks
+        if not can or cfg.markers == 'end' and task != 'list_recall':
+            raise UserError(f'--markers={cfg.markers}: {task} cannot be asked like that')
+
+
+def check_width(cfg, width, checkpoint):
+    if width > cfg.block_size:
+        stretch = ''
+        if checkpoint and cfg.pos == 'rope' and cfg.yarn_scale == 1:
+            scale = width / cfg.block_size
+            stretch = f'stretch it (--block_size={width} --yarn_scale={scale:.3g}), '
+        raise UserError(f'--train_length={cfg.train_length} needs {width} positions with the '
+                        f'answer, and the model has {cfg.block_size}: shorten it, {stretch}or '
+                        'train a model with a longer --block_size')
+
+
 def main():
     cfg, given = parse_config(FinetuneConfig, PRESETS, doc=__doc__)
     if cfg.init_from == FinetuneConfig.init_from and not Path(cfg.init_from).exists():
@@ -415,25 +428,6 @@ def main():
     torch.manual_seed(cfg.seed)
     model = make_model(cfg, checkpoint, tok).to(machine.device)
     run_whole(Run(cfg, machine, model, task, out_dir, checkpoint))
-
-
-def check_markers(cfg):
-    tasks = TASKS if cfg.task == 'all' else [cfg.task]
-    for task in tasks:
-        can = cfg.markers == 'task' or not TASKS[task].needs_marks
-        if not can or cfg.markers == 'end' and task != 'list_recall':
-            raise UserError(f'--markers={cfg.markers}: {task} cannot be asked like that')
-
-
-def check_width(cfg, width, checkpoint):
-    if width > cfg.block_size:
-        stretch = ''
-        if checkpoint and cfg.pos == 'rope' and cfg.yarn_scale == 1:
-            scale = width / cfg.block_size
-            stretch = f'stretch it (--block_size={width} --yarn_scale={scale:.3g}), '
-        raise UserError(f'--train_length={cfg.train_length} needs {width} positions with the '
-                        f'answer, and the model has {cfg.block_size}: shorten it, {stretch}or '
-                        'train a model with a longer --block_size')
 
 
 if __name__ == '__main__':

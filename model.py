@@ -18,7 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 @dataclass
 class GPTConfig:
-    """The paper's 152M model. GPTConfig(meta_attn=False, pos='ape', bias=True) is GPT-2."""
+    """
+    The paper's 152M model. GPTConfig(meta_attn=False, pos='ape', bias=True, gelu='tanh') is GPT-2.
+    """
     block_size: int = 1024
     vocab_size: int = 50304  # GPT-2's 50257 tokens and the meta-token, padded to a multiple of 64
     n_layer: int = 12
@@ -127,6 +129,15 @@ def meta_attention(block, x, rope, is_meta, n_meta, cache=None):
     return added
 
 
+def causal_attention(q, k, v, p):
+    """q (B, n_head, n, head_dim) of the last n tokens; k, v of all tokens -> as q. p: dropout."""
+    n, n_keys = q.shape[2], k.shape[2]
+    if n == n_keys:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
+    mask = torch.ones(n, n_keys, dtype=torch.bool, device=q.device).tril(n_keys - n)
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=p)
+
+
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -189,8 +200,7 @@ class GPT(nn.Module):
         idx (B, T) -> (B, T, C), after the last layer norm. lm_head turns them into logits.
 
         zero_meta takes the meta-tokens' 'position' or their 'embedding' away (paper, Table 2).
-        n_meta: the most meta-tokens that a row holds, if known. A GPU would wait for counting
-        them, so it believes n_meta; a CPU checks it.
+        n_meta: the most meta-tokens that a row holds, if known.
         cache, meta_cache: the KVCaches of the tokens before idx, and of their meta-tokens.
         Raises ValueError past the last learned position (pos='ape').
         """
@@ -206,9 +216,8 @@ class GPT(nn.Module):
         if zero_meta == 'embedding':
             x = x.masked_fill(is_meta[..., None], 0.0)
         positions = torch.arange(start, start + T, device=idx.device).expand(B, T)
-        unplaced = torch.zeros_like(is_meta)                   # (B, T): which have no position
-        if zero_meta == 'position' or not c.meta_pos:
-            unplaced = is_meta
+        no_place = zero_meta == 'position' or not c.meta_pos
+        unplaced = is_meta & no_place                          # (B, T): which have no position
         positions = positions.masked_fill(unplaced, 0)         # (B, T); RoPE turns nothing at 0
         if c.pos == 'ape':
             wpe = self.transformer.wpe(positions)              # (B, T, C); not zero at 0
@@ -290,20 +299,16 @@ def apply_rope(x, rope):
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
-
-def causal_attention(q, k, v, p):
-    """q (B, n_head, n, head_dim) of the last n tokens; k, v of all tokens -> as q. p: dropout."""
-    n, n_keys = q.shape[2], k.shape[2]
-    if n == n_keys:
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
-    mask = torch.ones(n, n_keys, dtype=torch.bool, device=q.device).tril(n_keys - n)
-    return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=p)
-
+# ------------------------------------------------------------------------------
+# Checks
 
 def count_meta_tokens(is_meta, n_meta):
-    """The most meta-tokens that a row of is_meta (B, T) holds: n_meta, if it is given."""
-    counting_waits = is_meta.device.type != 'cpu' or torch.compiler.is_compiling()
-    if n_meta is not None and counting_waits:
+    """
+    The most meta-tokens that a row of is_meta (B, T) holds: n_meta, if it is given. A GPU would
+    wait for the count, so there n_meta is trusted. A CPU raises ValueError if a row holds more.
+    """
+    trusted = is_meta.device.type != 'cpu' or torch.compiler.is_compiling()
+    if n_meta is not None and trusted:
         return n_meta
     counted = int(is_meta.sum(dim=1).max())
     if n_meta is None:

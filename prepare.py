@@ -29,26 +29,25 @@ def inject_meta_tokens(text, n_meta, meta_id, rng, placement='random'):
 
     text (B, W): token ids. Returns idx and targets, both (B, T) int64 with T = W - 1 + n_meta.
     The last token of a row of text is only a target. A target is the token that comes next, or
-    -1 if that is a meta-token. So every text token is predicted once, by what stands before it.
+    -1 if that is a meta-token. So a row predicts each of its text tokens once. (The first only
+    where a meta-token stands before it.)
     placement: 'random' draws n_meta of the T positions for each row, all equally likely, with
     rng, a numpy Generator. 'periodic' spaces them evenly. 'start' puts them first.
     """
     B, W = text.shape
     T = W - 1 + n_meta
+    columns = np.arange(n_meta)                      # 'start'
+    if placement == 'periodic':
+        columns = (columns + 1) * T // n_meta - 1
     is_meta = np.zeros((B, T + 1), dtype=bool)       # column T is the last target, always text
+    is_meta[:, columns] = True
     if placement == 'random':
-        first = np.tile(np.arange(T) < n_meta, (B, 1))
-        is_meta[:, :T] = rng.permuted(first, axis=1)
-    elif placement == 'periodic':
-        is_meta[:, (np.arange(n_meta) + 1) * T // max(n_meta, 1) - 1] = True
-    else:
-        is_meta[:, :n_meta] = True
+        is_meta[:, :T] = rng.permuted(is_meta[:, :T], axis=1)
 
     tokens = np.full((B, T + 1), meta_id, dtype=np.int64)
     tokens[~is_meta] = text.ravel()                  # row by row: the text keeps its order
-    idx, targets = tokens[:, :-1].copy(), tokens[:, 1:].copy()
-    targets[is_meta[:, 1:]] = -1
-    return idx, targets
+    targets = np.where(is_meta[:, 1:], -1, tokens[:, 1:])
+    return tokens[:, :-1].copy(), targets
 
 
 def meta_count(block_size, meta_rate):
@@ -64,7 +63,10 @@ def meta_every(meta_rate):
 
 
 def with_meta_tokens(ids, every, meta_id):
-    """ids with a meta-token after every so many, counted from the end: new text goes on in step."""
+    """
+    ids with a meta-token behind each `every` of them. The count runs back from the end, so that
+    new text begins a count of its own.
+    """
     marked = []
     for left, i in zip(reversed(range(len(ids))), ids):
         marked += [i, meta_id] if every and left % every == 0 else [i]
@@ -88,8 +90,8 @@ class Blocks:
     def __init__(self, tokens, block_size, n_meta, meta_id, seed, placement='random'):
         self.tokens, self.n_meta, self.meta_id = tokens, n_meta, meta_id
         self.seed, self.placement = seed, placement
-        self.chunk = block_size - n_meta
-        self.n_chunks = (len(tokens) - 1) // self.chunk  # the last target is the next chunk's first
+        self.chunk_size = block_size - n_meta
+        self.n_chunks = (len(tokens) - 1) // self.chunk_size  # one more token is the last target
 
     @lru_cache(4)
     def permutation(self, epoch):
@@ -101,12 +103,11 @@ class Blocks:
         Rows first_row, first_row + 1, ... of the sequence: idx, targets (n_rows, T) int64. Their
         text depends on the row alone, their meta positions on first_row too.
         """
-        text = np.empty((n_rows, self.chunk + 1), dtype=np.int64)
+        text = np.empty((n_rows, self.chunk_size + 1), dtype=np.int64)
         for b in range(n_rows):
             epoch, place = divmod(first_row + b, self.n_chunks)
-            chunk = self.permutation(epoch)[place]
-            start = int(chunk) * self.chunk
-            text[b] = self.tokens[start:start + self.chunk + 1]
+            start = int(self.permutation(epoch)[place]) * self.chunk_size
+            text[b] = self.tokens[start:start + self.chunk_size + 1]
         rng = np.random.default_rng([self.seed, first_row, 1])  # 1: not the permutations' stream
         return inject_meta_tokens(text, self.n_meta, self.meta_id, rng, self.placement)
 
@@ -277,7 +278,7 @@ def read_json_lines(lists, column):
     Lists of lines -> lists of documents. This is not left to `datasets`: its reader wants one type
     for each key in all lines, also for the keys that nobody asks for.
     """
-    n, keys, found = 0, (), False
+    n, keys = 0, ()
     for lines in lists:
         texts = []
         for n, line in enumerate(lines, start=n + 1):
@@ -289,10 +290,9 @@ def read_json_lines(lists, column):
             if not isinstance(text, str | None):
                 raise UserError(f'line {n}: {column!r} is no text; name the key that holds it with '
                                 '--text_column=')
-            found = found or column in row
             texts.append(text)
         yield texts
-    if keys and not found:
+    if keys and column not in keys:
         raise UserError(f'no column {column!r}; the one that holds the text is named with '
                         f"--text_column= ({', '.join(sorted(keys))})")
 
@@ -338,7 +338,7 @@ def said(error):
 
 
 def root_of(source):
-    """The folder that source is, or is in: the part of a glob before its first * or ?."""
+    """The folder that source is, or is in: of a glob, the folders before the first *, ? or [."""
     path = Path(source)
     if not path.exists():
         path = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts))
@@ -482,7 +482,10 @@ def hold_out_the_end(folder):
 
 
 def prepare(cfg):
-    """Writes data/NAME beside its place and moves it in. Returns its path. Raises UserError."""
+    """
+    Writes to a temporary folder, then moves the files to data/NAME. Returns its path. Raises
+    UserError.
+    """
     source = Path(os.path.abspath(cfg.source))
     name = re.split('[.*?[]', source.name)[0].strip('-_') or root_of(source).name
     name = cfg.name or name
@@ -516,7 +519,7 @@ def prepare(cfg):
 
 def move_in(partial, target):
     """
-    Moves the three files to their place, the old ones aside first, which come back if a move fails.
+    Moves the old files aside, then the three new ones in. If a move fails, the old ones come back.
     train.bin leaves first and comes last: a folder that lacks it is known not to be whole.
     """
     names = 'train.bin', 'val.bin', 'data.json'

@@ -257,16 +257,16 @@ class Pretraining:
                 f'{epochs:.2f} times\n'
                 f'rows    {cfg.block_size} tokens, of which {self.n_meta} are meta-tokens')
 
-    def sample(self, model, n_samples=3, n_tokens=300):
-        """New documents by the model, within its block size; their meta-tokens are left out."""
+    def sample(self, model):
+        """Three new documents by the model, within its block size, without their meta-tokens."""
         device, every = self.machine.device, generation_meta_every(asdict(self.cfg))
         text_share = every / (every + 1) if every else 1
         room = max(int(text_share * (self.cfg.block_size - 2)), 1)
-        start = torch.full((n_samples, 1), self.tok.eot_token, device=device)
+        start = torch.full((3, 1), self.tok.eot_token, device=device)
         generator = torch.Generator(device).manual_seed(self.cfg.seed)
         model.eval()
         with self.machine.autocast:
-            ids = model.generate(start, min(n_tokens, room), temperature=0.8, top_k=200,
+            ids = model.generate(start, min(300, room), temperature=0.8, top_k=200,
                                  meta_every=every, generator=generator,
                                  stop_token=self.tok.eot_token)
         texts = [printable(self.tok.decode(row)) for row in ids[:, 1:].tolist()]
@@ -501,10 +501,6 @@ def keep_going(what):
 # The run's folder
 
 RUN_FILES = 'config.json', 'log.csv', 'loss.png', 'sample.txt', 'ckpt.pt', 'best.pt', 'eval'
-MAY_CHANGE = {'init_from', 'out_dir', 'overwrite', 'max_iters', 'eval_interval', 'eval_only',
-              'log_interval', 'batch_size', 'gradient_accumulation_steps', 'learning_rate',
-              'min_lr', 'decay_lr', 'warmup_iters', 'lr_decay_iters', 'weight_decay', 'beta1',
-              'beta2', 'grad_clip', 'device', 'dtype', 'compile'}  # in a run that is resumed
 
 
 def replace_file(path, write):
@@ -518,6 +514,69 @@ def replace_file(path, write):
     finally:
         beside.unlink(missing_ok=True)
 
+
+def open_folder(run):
+    """Makes the folder of a fresh run, or cuts a resumed run's log at its checkpoint."""
+    out_dir, rows = run.out_dir, []
+    out_dir.mkdir(parents=True, exist_ok=True)
+    if run.it > 0 and (out_dir / 'log.csv').is_file():
+        rows = [row for row in read_log(out_dir) if int(row['iter']) <= run.it]
+    replaced = out_dir / 'replaced'  # keeps an old run until the new one has a checkpoint
+    if run.it == 0 and not replaced.exists():
+        for path in [out_dir / name for name in RUN_FILES if (out_dir / name).exists()]:
+            replaced.mkdir(exist_ok=True)
+            shutil.move(path, replaced / path.name)
+    with keep_going('config.json'):
+        config = json.dumps(asdict(run.cfg), indent=2) + '\n'
+        replace_file(out_dir / 'config.json', lambda path: path.write_text(config))
+
+    def write_log(path):
+        with open(path, 'w', newline='') as f:
+            writer = csv.DictWriter(f, run.columns)
+            writer.writeheader()
+            writer.writerows(rows)
+
+    with keep_going('log.csv'):
+        replace_file(out_dir / 'log.csv', write_log)
+
+
+def read_log(out_dir):
+    with open(out_dir / 'log.csv', newline='') as f:
+        return [row for row in csv.DictReader(f) if None not in row.values()]  # the last may be cut
+
+
+def new_figure(width, height):
+    """A matplotlib figure that needs no screen, and in which a $ is a dollar sign."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    matplotlib.rcParams['text.parse_math'] = False
+    return Figure(figsize=(width, height), layout='constrained')
+
+
+def plot_log(run):
+    """log.csv -> loss.png: the losses, and below them what else the task measures."""
+    rows = read_log(run.out_dir)
+    panels = [('train_loss', 'val_loss')] + [(column,) for column in run.task.columns]
+    figure = new_figure(7, 3 + 1.5 * len(panels))
+    axes = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
+    for ax, columns in zip(axes, panels):
+        for column in columns:
+            seen = [row for row in rows if row[column]]
+            ax.plot([float(row['tokens']) / 1e6 for row in seen],
+                    [float(row[column]) for row in seen],
+                    marker='' if column == 'train_loss' else 'o', label=column.replace('_', ' '))
+        for it in run.task.phase_starts:
+            later = [float(row['tokens']) / 1e6 for row in rows if int(row['iter']) >= it]
+            if later:
+                ax.axvline(later[0], color='0.8', lw=1, zorder=0)
+        ax.set(xlabel='million tokens seen', ylabel='nats' if len(columns) == 2 else '')
+        ax.label_outer()
+        ax.grid(alpha=0.3)
+        ax.legend()
+    replace_file(run.out_dir / 'loss.png', lambda path: figure.savefig(path, format='png', dpi=120))
+
+# ------------------------------------------------------------------------------
+# Checkpoints
 
 CHECKPOINT = dict(model=dict, optimizer=list, scaler=dict, model_args=dict, config=dict,
                   tokenizer=str, data=(dict, NoneType), iter_num=int, tokens=int,
@@ -599,6 +658,96 @@ def encode_prompt(text, model, tok):
 def load_start(source):
     """What a run starts from: a checkpoint of ours, or GPT-2's weights. Raises UserError."""
     return load_gpt2(source) if is_gpt2(source) else load_checkpoint(source)
+
+# ------------------------------------------------------------------------------
+# The settings of a run, new or resumed
+
+MAY_CHANGE = {'init_from', 'out_dir', 'overwrite', 'max_iters', 'eval_interval', 'eval_only',
+              'log_interval', 'batch_size', 'gradient_accumulation_steps', 'learning_rate',
+              'min_lr', 'decay_lr', 'warmup_iters', 'lr_decay_iters', 'weight_decay', 'beta1',
+              'beta2', 'grad_clip', 'device', 'dtype', 'compile'}  # in a run that is resumed
+
+
+def open_run(cfg, given, inherited, presets):
+    """
+    Settles a run's settings. Returns (cfg, checkpoint or None, out_dir).
+
+    A resumed run keeps its settings. A new one takes the `inherited` settings of its checkpoint.
+    The preset overrides those, and the command line, `given`, overrides all. A run from GPT-2's
+    weights has the preset gpt2, unless it names one. Raises UserError where a fresh run would
+    write into the folder of another, or a resumed one would become another.
+    """
+    if is_gpt2(cfg.init_from) and 'preset' not in given:
+        cfg = replace(cfg, preset='gpt2', **presets['gpt2'] | given)
+    out_dir = Path(cfg.out_dir or f'out/{cfg.preset}')
+    saved = [name for name in ('ckpt.pt', 'best.pt') if (out_dir / name).exists()]
+    if cfg.init_from == 'auto':
+        start = 'resume' if saved else presets[cfg.preset].get('init_from', type(cfg).init_from)
+        given = given | dict(init_from=start)
+        cfg = replace(cfg, init_from=start)
+    elif cfg.init_from != 'resume' and not (cfg.overwrite or cfg.eval_only):
+        refuse_to_replace(out_dir, saved)
+
+    if cfg.init_from == 'resume':
+        cfg, checkpoint = go_on(cfg, given, out_dir, saved)
+        return cfg, checkpoint, out_dir
+    if cfg.init_from == 'scratch':
+        return settle(cfg, given), None, out_dir
+    weights = Path(cfg.init_from).resolve()
+    if is_gpt2(cfg.init_from) and out_dir.resolve() in (weights, weights.parent):
+        raise UserError(f'--out_dir={out_dir} holds the weights: write elsewhere')
+    checkpoint = load_start(Path(cfg.init_from))
+    old = {key: value for key, value in checkpoint['config'].items() if key in inherited}
+    settings = old | presets[cfg.preset] | given
+    return settle(replace(cfg, **settings), given), checkpoint, out_dir
+
+
+def refuse_to_replace(out_dir, saved):
+    """saved: the checkpoints in out_dir."""
+    if saved:
+        ways = f'go on with it (--init_from=resume --out_dir={out_dir})'
+    elif (out_dir / 'config.json').exists():
+        ways = 'it has no checkpoint yet'
+    else:
+        return
+    raise UserError(f'{out_dir} holds a run: {ways}, write elsewhere (--out_dir=out/NAME), or '
+                    'replace it (--overwrite=True)')
+
+
+def go_on(cfg, given, out_dir, saved):
+    """(cfg, checkpoint) of a run that goes on. MAY_CHANGE are the settings that may be new."""
+    path = out_dir / (saved or ['ckpt.pt'])[0]  # after a kill, best.pt may be there alone
+    checkpoint = load_checkpoint(path)
+    old = checkpoint['config']
+    if unknown := old.keys() - asdict(cfg).keys():
+        raise UserError(f"{out_dir} holds a run of another script: it has {', '.join(unknown)}")
+    cfg = settle(replace(cfg, **old | given), given)
+    for key, value in old.items():
+        if getattr(cfg, key) != value and key not in MAY_CHANGE:
+            raise UserError(f'--{key}={getattr(cfg, key)}: the run in {out_dir} has {value}, and '
+                            f'goes on with it; --init_from={path} starts a new run from it')
+    if rows_of_a_step(asdict(cfg)) != rows_of_a_step(old):
+        raise UserError(f'a step of the run in {out_dir} has {rows_of_a_step(old)} rows: '
+                        '--batch_size times --gradient_accumulation_steps must stay that')
+    return cfg, checkpoint
+
+
+def settle(cfg, given):
+    """Refuses given settings that contradict. Lowers a default min_lr or warm-up if too large."""
+    for low, high in (('min_lr', 'learning_rate'), ('warmup_iters', 'max_iters'),
+                      ('warmup_iters', 'lr_decay_iters')):
+        if low in given and getattr(cfg, low) > getattr(cfg, high) > 0:
+            raise UserError(f'--{low}={given[low]} is above --{high}={getattr(cfg, high)}')
+    if cfg.min_lr > cfg.learning_rate:
+        cfg = replace(cfg, min_lr=cfg.learning_rate / 10)
+    end = min(cfg.max_iters, cfg.lr_decay_iters or cfg.max_iters)
+    if cfg.warmup_iters > end:
+        cfg = replace(cfg, warmup_iters=end // 10)
+    return cfg
+
+
+def rows_of_a_step(settings):
+    return settings['batch_size'] * settings['gradient_accumulation_steps']
 
 # ------------------------------------------------------------------------------
 # GPT-2's public weights, in Hugging Face's format
@@ -693,149 +842,6 @@ def find_gpt2(source):
         raise UserError(f'{source} could not be downloaded ({type(error).__name__}): put '
                         f'config.json and {WEIGHTS[0]} of huggingface.co/{repo} into a folder, and '
                         'name that (--init_from=FOLDER)')
-
-
-def open_run(cfg, given, inherited, presets):
-    """
-    Settles a run's settings. Returns (cfg, checkpoint or None, out_dir).
-
-    A resumed run keeps its settings. A new one takes the `inherited` settings of its checkpoint.
-    The preset overrides those, and the command line, `given`, overrides all. A run from GPT-2's
-    weights has the preset gpt2, unless it names one. Raises UserError where a fresh run would
-    write into the folder of another, or a resumed one would become another.
-    """
-    if is_gpt2(cfg.init_from) and 'preset' not in given:
-        cfg = replace(cfg, preset='gpt2', **presets['gpt2'] | given)
-    out_dir = Path(cfg.out_dir or f'out/{cfg.preset}')
-    saved = [name for name in ('ckpt.pt', 'best.pt') if (out_dir / name).exists()]
-    if cfg.init_from == 'auto':
-        start = 'resume' if saved else presets[cfg.preset].get('init_from', type(cfg).init_from)
-        given = given | dict(init_from=start)
-        cfg = replace(cfg, init_from=start)
-    elif cfg.init_from != 'resume' and not (cfg.overwrite or cfg.eval_only):
-        refuse_to_replace(out_dir, saved)
-
-    if cfg.init_from == 'resume':
-        cfg, checkpoint = go_on(cfg, given, out_dir, saved)
-        return cfg, checkpoint, out_dir
-    if cfg.init_from == 'scratch':
-        return settle(cfg, given), None, out_dir
-    weights = Path(cfg.init_from).resolve()
-    if is_gpt2(cfg.init_from) and out_dir.resolve() in (weights, weights.parent):
-        raise UserError(f'--out_dir={out_dir} holds the weights: write elsewhere')
-    checkpoint = load_start(Path(cfg.init_from))
-    old = {key: value for key, value in checkpoint['config'].items() if key in inherited}
-    settings = old | presets[cfg.preset] | given
-    return settle(replace(cfg, **settings), given), checkpoint, out_dir
-
-
-def refuse_to_replace(out_dir, saved):
-    """saved: the checkpoints in out_dir."""
-    if saved:
-        ways = f'go on with it (--init_from=resume --out_dir={out_dir})'
-    elif (out_dir / 'config.json').exists():
-        ways = 'it has no checkpoint yet'
-    else:
-        return
-    raise UserError(f'{out_dir} holds a run: {ways}, write elsewhere (--out_dir=out/NAME), or '
-                    'replace it (--overwrite=True)')
-
-
-def go_on(cfg, given, out_dir, saved):
-    """(cfg, checkpoint) of a run that goes on. MAY_CHANGE are the settings that may be new."""
-    path = out_dir / (saved or ['ckpt.pt'])[0]  # after a kill, best.pt may be there alone
-    checkpoint = load_checkpoint(path)
-    old = checkpoint['config']
-    if unknown := old.keys() - asdict(cfg).keys():
-        raise UserError(f"{out_dir} holds a run of another script: it has {', '.join(unknown)}")
-    cfg = settle(replace(cfg, **old | given), given)
-    for key, value in old.items():
-        if getattr(cfg, key) != value and key not in MAY_CHANGE:
-            raise UserError(f'--{key}={getattr(cfg, key)}: the run in {out_dir} has {value}, and '
-                            f'goes on with it; --init_from={path} starts a new run from it')
-    if rows_of_a_step(asdict(cfg)) != rows_of_a_step(old):
-        raise UserError(f'a step of the run in {out_dir} has {rows_of_a_step(old)} rows: '
-                        '--batch_size times --gradient_accumulation_steps must stay that')
-    return cfg, checkpoint
-
-
-def settle(cfg, given):
-    """Refuses given settings that contradict. Lowers a default min_lr or warm-up if too large."""
-    for low, high in (('min_lr', 'learning_rate'), ('warmup_iters', 'max_iters'),
-                      ('warmup_iters', 'lr_decay_iters')):
-        if low in given and getattr(cfg, low) > getattr(cfg, high) > 0:
-            raise UserError(f'--{low}={given[low]} is above --{high}={getattr(cfg, high)}')
-    if cfg.min_lr > cfg.learning_rate:
-        cfg = replace(cfg, min_lr=cfg.learning_rate / 10)
-    end = min(cfg.max_iters, cfg.lr_decay_iters or cfg.max_iters)
-    if cfg.warmup_iters > end:
-        cfg = replace(cfg, warmup_iters=end // 10)
-    return cfg
-
-
-def rows_of_a_step(settings):
-    return settings['batch_size'] * settings['gradient_accumulation_steps']
-
-
-def open_folder(run):
-    """Makes the folder of a fresh run, or cuts a resumed run's log at its checkpoint."""
-    out_dir, rows = run.out_dir, []
-    out_dir.mkdir(parents=True, exist_ok=True)
-    if run.it > 0 and (out_dir / 'log.csv').is_file():
-        rows = [row for row in read_log(out_dir) if int(row['iter']) <= run.it]
-    replaced = out_dir / 'replaced'  # keeps an old run until the new one has a checkpoint
-    if run.it == 0 and not replaced.exists():
-        for path in [out_dir / name for name in RUN_FILES if (out_dir / name).exists()]:
-            replaced.mkdir(exist_ok=True)
-            shutil.move(path, replaced / path.name)
-    with keep_going('config.json'):
-        config = json.dumps(asdict(run.cfg), indent=2) + '\n'
-        replace_file(out_dir / 'config.json', lambda path: path.write_text(config))
-
-    def write_log(path):
-        with open(path, 'w', newline='') as f:
-            writer = csv.DictWriter(f, run.columns)
-            writer.writeheader()
-            writer.writerows(rows)
-
-    with keep_going('log.csv'):
-        replace_file(out_dir / 'log.csv', write_log)
-
-
-def read_log(out_dir):
-    with open(out_dir / 'log.csv', newline='') as f:
-        return [row for row in csv.DictReader(f) if None not in row.values()]  # the last may be cut
-
-
-def new_figure(width, height):
-    """A matplotlib figure that needs no screen, and in which a $ is a dollar sign."""
-    import matplotlib
-    from matplotlib.figure import Figure
-    matplotlib.rcParams['text.parse_math'] = False
-    return Figure(figsize=(width, height), layout='constrained')
-
-
-def plot_log(run):
-    """log.csv -> loss.png: the losses, and below them what else the task measures."""
-    rows = read_log(run.out_dir)
-    panels = [('train_loss', 'val_loss')] + [(column,) for column in run.task.columns]
-    figure = new_figure(7, 3 + 1.5 * len(panels))
-    axes = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
-    for ax, columns in zip(axes, panels):
-        for column in columns:
-            seen = [row for row in rows if row[column]]
-            ax.plot([float(row['tokens']) / 1e6 for row in seen],
-                    [float(row[column]) for row in seen],
-                    marker='' if column == 'train_loss' else 'o', label=column.replace('_', ' '))
-        for it in run.task.phase_starts:
-            later = [float(row['tokens']) / 1e6 for row in rows if int(row['iter']) >= it]
-            if later:
-                ax.axvline(later[0], color='0.8', lw=1, zorder=0)
-        ax.set(xlabel='million tokens seen', ylabel='nats' if len(columns) == 2 else '')
-        ax.label_outer()
-        ax.grid(alpha=0.3)
-        ax.legend()
-    replace_file(run.out_dir / 'loss.png', lambda path: figure.savefig(path, format='png', dpi=120))
 
 # ------------------------------------------------------------------------------
 # The machine: the device, and the processes
@@ -1007,7 +1013,7 @@ def make_stdlib(machine):
             raise
 
 
-def describe(model, tokenizer):
+def describe_model(model, tokenizer):
     """How large a model is, in the lines a run begins with."""
     n_params = sum(p.numel() for p in model.parameters())
     n_meta = sum(p.numel() for name, p in model.named_parameters() if 'meta' in name)
@@ -1024,7 +1030,7 @@ def run_whole(run):
     """A run from its first line to its last: finetune.py's, too."""
     cfg, machine, out_dir = run.cfg, run.machine, run.out_dir
     machine.say(f'device  {machine.name}, {machine.dtype}, {machine.world} process(es)\n'
-                f'{describe(run.model, run.task.tok.name)}\n{run.task.describe()}\n'
+                f'{describe_model(run.model, run.task.tok.name)}\n{run.task.describe()}\n'
                 f'run     {out_dir}: {cfg.max_iters:,} steps of {rows_of_a_step(asdict(cfg))} rows')
     if cfg.eval_only:
         run.validate()

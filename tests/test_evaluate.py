@@ -682,7 +682,7 @@ def test_states_are_those_at_the_last_tokens(trained, tmp_path, monkeypatch):
     """Of prompts of many lengths in one batch, against one prompt at a time."""
     monkeypatch.chdir(tmp_path)
     ckpt = 'out/tiny-list_recall/best.pt'
-    m = evaluate.load_one(ckpt, MACHINE, with_meta_tokens=False)
+    m = evaluate.load_one(ckpt, MACHINE, needs_meta_tokens=False)
     with torch.no_grad():
         states, y = evaluate.bottleneck_states(m, 12, 'test', ckpt, 'cpu')
     pairs = evaluate.bottleneck_prompts(m, 12, 'test', ckpt)

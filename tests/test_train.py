@@ -159,9 +159,9 @@ def test_mfu_where_the_card_is_known(inside, tmp_path, monkeypatch):
 def test_a_model_that_is_mostly_embedding_is_told():
     """The tiny preset with GPT-2's vocabulary is many times slower than with bytes."""
     tiny = dict(n_layer=3, n_head=4, n_embd=128)
-    words = train.describe(GPT(GPTConfig(**tiny)), 'gpt2')
+    words = train.describe_model(GPT(GPTConfig(**tiny)), 'gpt2')
     assert '7.23M' in words and '89% of them are the embedding' in words
-    assert 'embedding' not in train.describe(GPT(GPTConfig(**tiny, vocab_size=320)), 'bytes')
+    assert 'embedding' not in train.describe_model(GPT(GPTConfig(**tiny, vocab_size=320)), 'bytes')
 
 
 def test_plain_gpt2_and_periodic(inside, tmp_path):
