@@ -53,10 +53,10 @@ def load_models(paths, machine, yarn_scale=1.0):
     """
     models = []
     paths = [Path(path) for path in paths.split(',')]
-    folders = [path.parent.name for path in paths]
-    for path in paths:
+    folders = [path.absolute().parent.name for path in paths]
+    for path, folder in zip(paths, folders):
         checkpoint = load_checkpoint(path)
-        name = path.parent.name if folders.count(path.parent.name) == 1 else str(path)
+        name = folder if folders.count(folder) == 1 else str(path)
         args, tok = checkpoint['model_args'], get_tokenizer(checkpoint['tokenizer'])
         variants = {name: args}
         if yarn_scale != 1 and args['pos'] == 'rope' and args['yarn_scale'] == 1:
@@ -151,7 +151,7 @@ class TasksConfig:
     ckpt: str = 'out/tiny-list_recall/best.pt'  # one checkpoint, or several with commas between
     task: Literal[('own', *TASKS, 'all')] = 'own'  # own: what the first checkpoint was taught
     lengths: str = '64,128,256'  # of the longest prompts, in tokens; the shortest have 3/4 of it
-    n_examples: Positive = 1000  # held-out ones of each length, the same for models of one task
+    n_examples: Positive = 1000  # held-out ones of each length, the same for one --markers
     yarn_scale: float = 1.0      # test RoPE models also stretched so many times, untrained for it
     device: str = 'auto'         # auto | cpu | cuda | mps
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'float32'  # of matrix products
@@ -198,7 +198,8 @@ def measure_tasks(models, chosen, lengths, n, machine):
         width = width_for({task: length})
         ends = config.block_size if config.pos == 'ape' else math.inf
         for words, zero_meta in ZEROED.items():
-            cell = dict(task=task, model=m.name, meta_tokens=words, length=length, n=n, guess=guess)
+            cell = dict(task=task, model=m.name, markers=markers, meta_tokens=words, length=length,
+                        n=n, guess=guess)
             if width <= ends:  # intervals are over prompts: the tokens of one answer go together
                 right, hits, asked, _ = grade(m.model, rows, width, m.tok, machine, zero_meta)
                 exact = float(right.mean())
@@ -211,10 +212,10 @@ def measure_tasks(models, chosen, lengths, n, machine):
 
 def report_tasks(cells, chosen, lengths):
     for task, measure in product(chosen, ('exact_match', 'token_accuracy')):
-        table = {}  # (model, meta-tokens) -> a cell for each length
+        table = {}  # (model, markers, meta-tokens) -> a cell for each length
         for cell in cells:
             if cell['task'] == task:
-                shown, key = '-', (cell['model'], cell['meta_tokens'])
+                shown, key = '-', (cell['model'], cell['markers'], cell['meta_tokens'])
                 if measure in cell:
                     low, high = cell[f'{measure}_95']
                     shown = f'{100 * cell[measure]:.1f} ({100 * low:.1f}-{100 * high:.1f})'
@@ -222,7 +223,7 @@ def report_tasks(cells, chosen, lengths):
         print(f"\n{task}: {measure.replace('_', ' ')}, %, by prompt length (95% interval, "
               f"{cells[0]['n']} examples)\n")
         lines = [[*key, *row] for key, row in table.items()]
-        print(markdown(['model', 'meta-tokens', *lengths], lines))
+        print(markdown(['model', 'markers', 'meta-tokens', *lengths], lines))
     if not all('exact_match' in cell for cell in cells):
         print('- : learned positions (APE) end at the block size of that model')
 
@@ -282,7 +283,7 @@ class PerplexityConfig:
     text: str = ''               # files or a data folder; empty: what it was trained on
     block_size: int = 0          # positions of a window, meta-tokens included; 0: the model's
     stride: int = 0              # text tokens from a window to the next; 0: half of block_size
-    max_tokens: int = 200_000    # text tokens to score, in equal shares of the documents; 0: all
+    max_tokens: int = 200_000    # text tokens to score: equal shares of the documents; 0: all
     n_buckets: Positive = 8      # parts of the window whose perplexity is shown apart
     yarn_scale: float = 1.0      # test RoPE models also stretched so many times, untrained for it
     batch_size: Positive = 8     # windows at a time
@@ -298,7 +299,7 @@ class Window(NamedTuple):
 
 
 def perplexity(argv):
-    """Perplexity on the text tokens of whole documents, without and with meta-tokens among them."""
+    """Perplexity on the text tokens of documents, without and with meta-tokens among them."""
     cfg, _ = parse_config(PerplexityConfig, argv=argv, doc=perplexity.__doc__)
     machine, runs = Machine(cfg.device, cfg.dtype), []
     models = load_models(cfg.ckpt, machine, cfg.yarn_scale)
@@ -310,7 +311,10 @@ def perplexity(argv):
             runs.append((m, make_window(cfg, m, T, n_meta)))
     # What can be recalled must be the same in all rows: text that every window still holds.
     reach = min(window.T - window.n_meta - window.stride for _, window in runs)
-    results = [measure_perplexity(cfg, m, window, machine, reach) for m, window in runs]
+    results = []
+    for m, window in runs:
+        documents = read_documents(cfg.text, m.tok, cfg.max_tokens, models[0].tok)
+        results.append(measure_perplexity(cfg, m, documents, window, machine, reach))
     report_perplexity(results, cfg.text, reach)
     name = Path(cfg.text).stem.replace('*', '') or 'text'
     write_results(cfg.ckpt, f'perplexity-{name}', dict(settings=asdict(cfg), results=results),
@@ -330,8 +334,11 @@ def make_window(cfg, m, T, n_meta):
 
 
 @lru_cache
-def read_documents(text, tok, max_tokens):
-    """[(n,) ids] of each document of local files, or of a data folder's validation text."""
+def read_documents(text, tok, max_tokens, first_tok):
+    """
+    [(n,) ids] of each document of local files, or of a data folder's validation text. max_tokens
+    counts tokens of first_tok, the first model's: so models of any tokenizer score the same text.
+    """
     name = text.rstrip('/').removeprefix('data/')
     if Path('data', name, 'val.bin').exists():
         data = load_data(name)
@@ -345,14 +352,28 @@ def read_documents(text, tok, max_tokens):
         except UserError as error:
             raise UserError(str(error).replace('--source=', '--text='))
         lists = [texts for path in paths for texts in naming(path, read_file(path))]
-        documents = [encode(tok, document) for document in sum(lists, []) if document]
-    share = None
-    if max_tokens and documents:
-        share = max(max_tokens // len(documents), 1) + 1            # the first is not scored
-    documents = [np.asarray(ids[:share], np.int64) for ids in documents if len(ids) > 1]
+        documents = [encode(first_tok, document) for document in sum(lists, []) if document]
+    if max_tokens:
+        documents = beginnings(documents, max_tokens)
+    if tok.name != first_tok.name:
+        documents = [encode(tok, first_tok.decode(ids.tolist())) for ids in documents]
+    documents = [np.asarray(ids, np.int64) for ids in documents if len(ids) > 1]
     if not documents:
         raise UserError(f'--text={text}: no text of two tokens or more')
     return documents
+
+
+def beginnings(documents, max_tokens):
+    """
+    max_tokens of documents [(n,)], in equal shares. A share is 1024 or more: a model predicts worse
+    where it has read little. Then the last documents may get none.
+    """
+    share, left, kept = max(max_tokens // max(len(documents), 1), 1024), max_tokens, []
+    for ids in documents:
+        ids = ids[:min(share, left) + 1]                            # the first is not scored
+        left -= len(ids) - 1
+        kept.append(ids)
+    return kept
 
 
 def window_losses(model, tokens, window, batch_size, machine, rng):
@@ -395,10 +416,10 @@ def seen_bigrams(tokens, reach):
     return seen
 
 
-def measure_perplexity(cfg, m, window, machine, reach):
+def measure_perplexity(cfg, m, documents, window, machine, reach):
     """The row of the table for one model and window."""
     from tqdm import tqdm
-    documents, bytes_of = read_documents(cfg.text, m.tok, cfg.max_tokens), token_bytes(m.tok)
+    bytes_of = token_bytes(m.tok)
     n_tokens = sum(len(ids) - 1 for ids in documents)
     n_bytes = sum(bytes_of[ids[1:]].sum() for ids in documents)
     n_windows = 0
@@ -437,21 +458,21 @@ def measure_perplexity(cfg, m, window, machine, reach):
 
 
 def report_perplexity(results, text, reach):
-    print(f"tokens of {text}: {results[0]['documents']} documents, "
-          f"{results[0]['bytes_per_token']:.2f} bytes a token; each is scored once, in the first "
-          'window that reaches it\n')
+    print(f"tokens of {text}: {results[0]['documents']} documents; each is scored once, in the "
+          'first window that reaches it\n')
     table = []
     for r in results:
         halves = r['nats_seen_bigram'], r['nats_new_bigram']
         halves = ['-' if nats is None else f'{nats:.4f}' for nats in halves]
         table.append([r['model'], r['n_meta'], r['block_size'], r['stride'], f"{r['windows']:,}",
-                      f"{r['scored_tokens']:,}", f"{r['perplexity']:.4f}",
-                      f"{r['bits_per_byte']:.4f}", *halves])
+                      f"{r['scored_tokens']:,}", f"{r['bytes_per_token']:.2f}",
+                      f"{r['perplexity']:.4f}", f"{r['bits_per_byte']:.4f}", *halves])
     print(markdown(['model', 'meta-tokens a window', 'window', 'stride', 'windows', 'tokens scored',
-                    'perplexity per token', 'bits per byte', 'nats: seen bigrams', 'new bigrams'],
-                   table))
-    print(f"seen bigrams: {results[0]['share_seen']:.1%} of the tokens complete a pair that stands "
-          f'in the {reach} tokens before, and can be recalled from there (Arora et al. 2023)')
+                    'bytes a token', 'perplexity per token', 'bits per byte', 'nats: seen bigrams',
+                    'new bigrams'], table))
+    print(f"seen bigrams: {results[0]['share_seen']:.1%} of the tokens (of {results[0]['model']}) "
+          f'complete a pair that stands in the {reach} tokens before, and can be recalled from '
+          'there (Arora et al. 2023)')
 
 
 def draw_perplexity(results):
@@ -461,10 +482,11 @@ def draw_perplexity(results):
         words = 'with' if r['n_meta'] else 'without'
         ax.plot(r['positions'], r['perplexity_by_position'],
                 label=f"{r['model']}, {words} meta-tokens", **line_style(n))
-    best = min(results, key=lambda r: r['perplexity'])
+    best = min(results, key=lambda r: r['bits_per_byte'])
     words = 'with' if best['n_meta'] else 'without'
     ax.set(xlabel='position in the window', ylabel='perplexity of text tokens',
-           title=f"lowest: {best['perplexity']:.2f}, {best['model']} {words} meta-tokens")
+           title=f"{best['model']} {words} meta-tokens needs the fewest bits per byte: "
+                 f"{best['bits_per_byte']:.3f}")
     ax.grid(alpha=0.3)
     ax.legend(fontsize=8)
     return figure
@@ -486,6 +508,8 @@ def open_inside(doc, argv):
     held-out prompts. Raises UserError.
     """
     cfg, _ = parse_config(InsideConfig, argv=argv, doc=doc)
+    if cfg.n_rows < 2:
+        raise UserError('--n_rows=1: an interval needs two rows or more')
     machine = Machine(cfg.device, 'float32')
     m = load_one(cfg.ckpt, machine)
     if 'task' in m.trained and not cfg.dataset:
@@ -642,11 +666,14 @@ def measure_sharpening(model, idx):
     A dict for each reading, measure and comparison: the mean change, and that by layer and head.
     """
     results, meta_id = [], model.config.meta_id
+    is_meta = idx == meta_id
+    # A row's first is not counted. Those in front of all text are the same in every row.
+    nothing_at_meta = is_meta.sum() <= len(idx) or all_in_front(is_meta)
     for reading in READINGS:
         if reading == IN_META and not model.config.meta_attn:
             continue
-        if reading != AT_TEXT and (idx == meta_id).sum() <= len(idx):
-            continue                                                # none but the first of a row
+        if reading != AT_TEXT and nothing_at_meta:
+            continue
         as_is = [sharpness(model, row, reading) for row in idx]
         as_is = np.stack(as_is)                                     # (n_rows, L, n_head, n, 2)
         others = {'zeroed embeddings': [sharpness(model, row, reading, 'embedding') for row in idx]}
@@ -715,10 +742,17 @@ def caching(argv):
     much text tokens attend to meta-tokens.
     """
     cfg, m, idx = open_inside(caching.__doc__, argv)
+    if all_in_front(idx == m.model.config.meta_id):
+        raise UserError(f'{cfg.ckpt}: its meta-tokens stand before all text: nothing to cache')
     results = measure_caching(m.model, idx)
-    report_caching(results, m.name, idx.shape)
+    report_caching(results, m.name, len(idx))
     figure = draw_caching(results, look_inside(m.model, idx[:1])[-1].output[0], idx[0].cpu(), m)
     write_results(cfg.ckpt, 'caching', dict(settings=asdict(cfg), **results), figure)
+
+
+def all_in_front(is_meta):
+    """is_meta (n_rows, T): does no meta-token stand behind a text token?"""
+    return not (is_meta[:, 1:] & ~is_meta[:, :-1]).any()
 
 
 def cosines_by_distance(x, here, is_meta, distance):
@@ -768,7 +802,7 @@ def measure_caching(model, idx):
     n_rows, T = idx.shape
     cosines, looked, uniform = look_at_rows(model, idx)
     edges = np.geomspace(1, T, 16).round().astype(int)
-    edges = np.unique(edges)
+    edges, far = np.unique(edges), max(T // 8, 5)
 
     def cosine(rows, near, far):                                    # -> (2, L)
         total, count = cosines[:, :, :, rows, near:far].sum(axis=(3, 4))
@@ -778,7 +812,7 @@ def measure_caching(model, idx):
         return np.stack([cosine(rows, *part) for part in pairwise(edges)], axis=-1)
 
     def fading(rows):
-        return cosine(rows, 1, 5) - cosine(rows, T // 8, T)
+        return cosine(rows, 1, 5) - cosine(rows, far, T)
 
     def more(rows):
         at_meta, at_text = fading(rows)[:, -1]
@@ -790,19 +824,18 @@ def measure_caching(model, idx):
     def over_uniform(rows):
         return looked[rows].mean() - uniform[rows].mean()
 
-    results = dict(distance=edges[:-1], meta_share=uniform.mean())
+    results = dict(distance=edges[:-1], far=far, meta_share=uniform.mean())
     for statistic in curves, fading, more, attention_to_meta, over_uniform:
         results[statistic.__name__] = named(bootstrap(statistic, n_rows))
     return results
 
 
-def report_caching(results, name, shape):
-    n_rows, T = shape
+def report_caching(results, name, n_rows):
     keys = 'fading', 'attention_to_meta', 'more', 'over_uniform'
     fade, look, more, over = (values_of(results[key]) for key in keys)
     print(f'{name}: {n_rows} rows. Fading: cosine at a distance of up to 4, less that from '
-          f'{T // 8} on. Attention: the share that text tokens give to meta-tokens, which are '
-          f"{results['meta_share']:.1%} of the tokens that they see\n")
+          f"{results['far']} on. Attention: the share that text tokens give to meta-tokens, "
+          f"which are {results['meta_share']:.1%} of the tokens that they see\n")
     table = []
     for layer in range(fade.shape[2]):
         mean, low, high = 100 * look[:, layer]
@@ -977,7 +1010,6 @@ class RateDistortionConfig:
 
 META_CURVE, TEXT_CURVE = 'last meta-token', 'last text token'
 BEFORE_CURVE, ZEROED_CURVE = 'text token before it', 'last meta-token, position zeroed'
-CURVES = META_CURVE, TEXT_CURVE, BEFORE_CURVE, ZEROED_CURVE
 PAPER_N = 50  # examples, which the paper went through five times
 
 
@@ -1024,7 +1056,7 @@ def first_word(answer, tok):
 
 @torch.no_grad()
 def bottleneck_states(m, n, split, ckpt, device):
-    """n examples: hidden states {curve: (n, C)} for each of CURVES, and targets y (n,)."""
+    """n examples: hidden states {curve: (n, C)}, and what they are to tell, y (n,)."""
     pairs, meta_id = bottleneck_prompts(m, n, split, ckpt), m.model.config.meta_id
     width = max(len(prompt) for prompt, _ in pairs)
     rows = [(prompt, [y]) for prompt, y in pairs]
@@ -1034,13 +1066,14 @@ def bottleneck_states(m, n, split, ckpt, device):
     last_meta = (place * is_meta).argmax(dim=1)                            # (n,)
     is_text = ~is_meta & (place < ends)
     before = is_text & (place < last_meta[:, None])
-    at = {META_CURVE: last_meta, ZEROED_CURVE: last_meta,                  # (n,) each
-          TEXT_CURVE: (place * is_text).argmax(dim=1),
-          BEFORE_CURVE: (place * before).argmax(dim=1)}
+    at = {META_CURVE: last_meta, TEXT_CURVE: (place * is_text).argmax(dim=1),
+          BEFORE_CURVE: (place * before).argmax(dim=1), ZEROED_CURVE: last_meta}  # (n,) each
     if not is_meta.any(dim=1).all():
         raise UserError(f'{ckpt}: its prompts hold no meta-token, there is nothing to measure')
+    if 'task' not in m.trained:
+        del at[BEFORE_CURVE]                       # the row ends with its meta-token
     states = {}
-    for curve in CURVES:
+    for curve in at:
         zero_meta = 'position' if curve == ZEROED_CURVE else None
         parts = []
         for rows, t in zip(idx.split(64), at[curve].split(64)):
@@ -1129,13 +1162,17 @@ def measure_rate_distortion(cfg, m, device):
     """
     h, y = bottleneck_states(m, cfg.n_train, 'train', cfg.ckpt, device)
     h_test, y_test = bottleneck_states(m, cfg.n_test, 'test', cfg.ckpt, device)
-    classes = y.unique()                           # one that training never saw counts as the next
-    y, y_test = (torch.searchsorted(classes, t).clamp(max=len(classes) - 1) for t in (y, y_test))
+    classes = y.unique()
+    known = torch.isin(y_test, classes)            # nothing can tell what training never saw
+    if not known.any():
+        raise UserError('no held-out target was seen in training: raise --n_train')
+    h_test = {curve: x[known] for curve, x in h_test.items()}
+    y, y_test = (torch.searchsorted(classes, t) for t in (y, y_test[known]))
     counts = y_test.bincount().float()
     most = float(torch.distributions.Categorical(counts).entropy())
     betas = np.geomspace(1e-3, 1, cfg.n_betas).tolist()
     runs = {curve: fit_bottlenecks(h[curve], y, h_test[curve], y_test, betas, cfg.n_seeds,
-                                   cfg.z_dim, cfg.n_steps) for curve in CURVES}
+                                   cfg.z_dim, cfg.n_steps) for curve in h}
 
     curves = {}
     for curve, run in runs.items():                # (2, n_seeds, n_betas, n_test)
@@ -1144,12 +1181,16 @@ def measure_rate_distortion(cfg, m, device):
         values = np.stack((by_seed.mean(axis=1), *ends), axis=1)           # (2, 3, n_betas)
         curves[curve] = dict(rate=named(values[0]), distortion=named(values[1]))
     verdicts = []
-    for curve, against in product((META_CURVE, ZEROED_CURVE), (TEXT_CURVE, BEFORE_CURVE)):
+    for curve, against in product((META_CURVE, ZEROED_CURVE), text_curves(h)):
         interval = compare_curves(runs[curve], runs[against], most)
         verdicts.append(dict(curve=curve, against=against, difference=named(interval),
                              lower=verdict(interval, 'yes', 'not resolved', 'no')))
-    return dict(beta=betas, most=most, n_classes=len(classes), verdicts=verdicts, curves=curves,
-                by_chance=count_strictly_lower(h, y, cfg.z_dim))
+    return dict(beta=betas, most=most, n_classes=len(classes), n_test=len(y_test),
+                verdicts=verdicts, curves=curves, by_chance=count_strictly_lower(h, y, cfg.z_dim))
+
+
+def text_curves(states):
+    return [curve for curve in (TEXT_CURVE, BEFORE_CURVE) if curve in states]
 
 
 def count_strictly_lower(h, y, z_dim):
@@ -1160,7 +1201,7 @@ def count_strictly_lower(h, y, z_dim):
     """
     n_draws, betas = len(y) // (2 * PAPER_N), np.geomspace(1e-2, 1, 10).tolist()
     pairs = [(TEXT_CURVE, TEXT_CURVE)]
-    for text in TEXT_CURVE, BEFORE_CURVE:
+    for text in text_curves(h):
         pairs += (META_CURVE, text), (text, META_CURVE)
     if n_draws == 0:
         return []
@@ -1169,7 +1210,7 @@ def count_strictly_lower(h, y, z_dim):
         start = n * 2 * PAPER_N
         train, test = slice(start, start + PAPER_N), slice(start + PAPER_N, start + 2 * PAPER_N)
         found = {}
-        for curve in CURVES:                       # 5 epochs are 25 steps of a fifth of them
+        for curve in h:                            # 5 epochs are 25 steps of a fifth of them
             run = fit_bottlenecks(h[curve][train], y[train], h[curve][test], y[test], betas,
                                   n_seeds=2, z_dim=z_dim, n_steps=25)
             found[curve] = run.mean(axis=3)        # (2, n_seeds, n_betas)
@@ -1196,8 +1237,11 @@ def compare_curves(one, other, most, n_draws=200):
 
 
 def report_rate_distortion(results, m, cfg):
-    print(f'{m.name}: {cfg.n_train} training and {cfg.n_test} held-out examples, '
+    print(f"{m.name}: {cfg.n_train} training and {results['n_test']} held-out examples, "
           f"{results['n_classes']} classes, {cfg.n_seeds} seeds")
+    if results['n_test'] < cfg.n_test:
+        print(f"({cfg.n_test - results['n_test']} more held-out targets are left out, as training "
+              'never saw them)')
     for found in results['verdicts']:
         difference = found['difference'].values()
         print(f"{found['curve']} against {found['against']}: lower at equal rate: "
@@ -1224,9 +1268,9 @@ def draw_rate_distortion(results, name):
         ax.errorbar(rate[0], distortion[0], errors[1], errors[0], capsize=2, label=curve,
                     **line_style(n))
     ax.axvline(results['most'], color='0.6', lw=1, label='the verdict counts rates up to here')
-    text, before, *_ = (found['lower'] for found in results['verdicts'])
-    ax.set(title=f'{name}: is the last meta-token lower than\n'
-                 f'the last text token? {text}. The text token before it? {before}.',
+    answers = ', '.join(f"{found['against']}: {found['lower']}" for found in results['verdicts']
+                        if found['curve'] == META_CURVE)
+    ax.set(title=f'{name}: is the last meta-token lower than\n{answers}',
            xlabel='rate (nats kept of the hidden state)',
            ylabel='distortion (nats of uncertainty about the target)')
     ax.grid(alpha=0.3)

@@ -211,7 +211,10 @@ class FinetuneConfig(TrainConfig):
     eval_interval: Positive = 100  # grade and save every so many steps
     log_interval: Positive = 25  # a progress line every so many steps
     batch_size: Positive = 64    # examples of a micro-batch, on one device
-    meta_rate: Share = 0.0       # that of pre-training, which a checkpoint brings; not used here
+    eval_iters: Positive = 75    # not used here: eval_examples is
+    dataset: str = 'stdlib'      # pre-training's, which a checkpoint brings; not used here
+    meta_rate: Share = 0.0       # pre-training's; not used here
+    meta_placement: Literal['random', 'periodic', 'start'] = 'random'  # pre-training's; not used
     learning_rate: float = 2e-3  # at its peak
     # what is learned
     task: Literal[(*TASKS, 'all')] = 'list_recall'  # all: every batch holds all of them

@@ -122,6 +122,7 @@ class Data:
 
 def load_data(name):
     """Opens data/NAME, ours or nanoGPT's (GPT-2's tokens). Raises UserError if it is not whole."""
+    name = name.removeprefix('data/')
     folder, about = Path('data', name), {'tokenizer': 'gpt2'}
     source = {'c4': 'allenai/c4', 'stdlib': 'stdlib --tokenizer=bytes'}.get(name, '...')
     again = f'python prepare.py --source={source} --name={name} --overwrite=True'

@@ -311,6 +311,7 @@ class Run:
         self.optimizers = make_optimizers(model, cfg)
         self.scaler = torch.amp.GradScaler(machine.type, enabled=machine.dtype == 'float16')
         self.it, self.tokens, self.flops, self.best_val_loss = 0, 0, 0, math.inf
+        self.validated = False  # the weights as they are
         self.flops_per_token = lru_cache(model.flops_per_token)
         if cfg.init_from == 'resume':
             self.resume(checkpoint)
@@ -344,6 +345,7 @@ class Run:
                             f'version: {said(error)}')
         self.it, self.tokens = checkpoint['iter_num'], checkpoint['tokens']
         self.best_val_loss = checkpoint['best_val_loss']
+        self.validated = checkpoint.get('validated', True)
 
     def restart_clock(self):
         self.clock = time.time(), self.tokens, self.flops
@@ -390,7 +392,8 @@ class Run:
                      optimizer=[optimizer.state_dict() for optimizer in self.optimizers],
                      scaler=self.scaler.state_dict(), model_args=asdict(self.model.config),
                      config=asdict(self.cfg), tokenizer=self.task.tok.name, data=self.task.about,
-                     iter_num=self.it, tokens=self.tokens, best_val_loss=self.best_val_loss)
+                     iter_num=self.it, tokens=self.tokens, best_val_loss=self.best_val_loss,
+                     validated=self.validated)
         with keep_going(f'{name} (the one before it stands)'):
             replace_file(self.out_dir / name, lambda path: torch.save(state, path))
             shutil.rmtree(self.out_dir / 'replaced', ignore_errors=True)
@@ -411,43 +414,45 @@ def fit(run):
     Trains to max_iters, and validates, logs and saves on the way.
 
     SIGINT, SIGTERM or SIGHUP finishes the step, saves and exits; a second one ends the process at
-    once. SIGUSR1 saves. Raises UserError after ten steps in a row without a finite loss and
-    gradient, and where the last checkpoint is not there.
+    once. SIGUSR1 saves. A validation that was stopped is made up for when the run goes on. Raises
+    UserError after ten steps in a row without a finite loss and gradient, and where the last
+    checkpoint is not there.
     """
-    cfg, machine, skipped = run.cfg, run.machine, 0
+    cfg, machine, skipped, row = run.cfg, run.machine, 0, {}
     with signals_into(machine.signals):
-        if run.it == 0:
-            run.log(run.validate())
-        while run.it < cfg.max_iters:
+        while True:
+            last = run.it == cfg.max_iters
+            due = not run.validated and (last or run.it % cfg.eval_interval == 0)
+            if due:
+                found = run.validate()
+                row, run.validated = row | found, bool(found)
+                run.restart_clock()
+            if row:
+                run.log(row)
+
+            finite, saved = not skipped and math.isfinite(row.get('val_loss', 0)), False
+            stopping, saving = machine.asked_to_stop(), machine.asked_to_save()
+            if run.it > 0 and finite and (due or stopping or saving):
+                saved = run.save_both(row.get('val_loss', math.inf))
+            if run.it > 0 and stopping:
+                words = f'and saved; go on with --init_from=resume --out_dir={run.out_dir}'
+                machine.say(f'stopped after iter {run.it}, {words if saved else "not saved"}')
+                raise SystemExit(128 + stopping)
+            if last and due and not saved:
+                why = 'could not be saved' if finite else 'has no finite loss'
+                raise UserError(f'the run is over, but its end {why}{last_good(run)}')
+            if last:
+                return
+
             loss, grad_norm = train_step(run)
-            good = math.isfinite(loss) and math.isfinite(grad_norm)
-            skipped = 0 if good else skipped + 1
+            run.validated = False
+            skipped = 0 if math.isfinite(loss) and math.isfinite(grad_norm) else skipped + 1
             if skipped:
                 run.say(f'skipped: loss {loss}, gradient norm {grad_norm}')
             if skipped == 10:
                 raise UserError('stopped: ten steps in a row without a finite loss and gradient; '
                                 f'lower --learning_rate, or --dtype=float32{last_good(run)}')
-
-            last = run.it == cfg.max_iters
-            milestone = last or run.it % cfg.eval_interval == 0
             row = run.progress(loss, grad_norm) if run.it % cfg.log_interval == 0 else {}
-            if milestone:
-                row |= run.validate()
-                good = good and math.isfinite(row.get('val_loss', 0))
-                run.restart_clock()
-            if row:
-                run.log(row)
-
-            stopping, saving = machine.asked_to_stop(), machine.asked_to_save()
-            if (milestone or stopping or saving) and good:
-                good = run.save_both(row.get('val_loss', math.inf))
-            if stopping:
-                words = f'and saved; go on with --init_from=resume --out_dir={run.out_dir}'
-                machine.say(f'stopped after iter {run.it}, {words if good else "not saved"}')
-                raise SystemExit(128 + stopping)
-            if last and not good:
-                why = 'could not be saved' if math.isfinite(loss) else 'has no finite loss'
-                raise UserError(f'the run is over, but its end {why}{last_good(run)}')
 
 
 def last_good(run):
@@ -633,7 +638,7 @@ def check_weights(config, weights):
 def load_model(path):
     """
     model, tok = load_model('out/tiny/best.pt'): a trained GPT in eval mode, and its tokenizer.
-    model.generate puts in meta-tokens as often as training did. 'gpt2' is GPT-2. Raises UserError.
+    model.generate puts in meta-tokens as in pre-training. 'gpt2' is GPT-2. Raises UserError.
     """
     checkpoint = load_start(path)
     model = build_model(checkpoint['model_args'], checkpoint['model']).eval()
@@ -642,8 +647,11 @@ def load_model(path):
 
 
 def generation_meta_every(settings):
-    """How often generation puts in a meta-token, as in training; 0 where they stood in front."""
-    if settings.get('meta_placement') == 'start':
+    """
+    How often generation puts in a meta-token: as in pre-training, but never where they stood in
+    front, nor in a fine-tuned model, for which they are marks.
+    """
+    if settings.get('meta_placement') == 'start' or 'task' in settings:
         return 0
     return meta_every(settings.get('meta_rate', 0))
 
@@ -729,7 +737,8 @@ def go_on(cfg, given, out_dir, saved):
     if rows_of_a_step(asdict(cfg)) != rows_of_a_step(old):
         raise UserError(f'a step of the run in {out_dir} has {rows_of_a_step(old)} rows: '
                         '--batch_size times --gradient_accumulation_steps must stay that')
-    return cfg, checkpoint
+    n_rows = old['eval_iters'] * old['batch_size']  # those that it is validated on stay
+    return replace(cfg, eval_iters=math.ceil(n_rows / cfg.batch_size)), checkpoint
 
 
 def settle(cfg, given):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiktoken
 import torch
 import torch.nn.functional as F
 
@@ -132,17 +133,18 @@ def test_tasks(inside, tmp_path):
             assert high <= 1 and c['exact_match'] <= c['token_accuracy'] + 1e-9
 
     rows = table(out, 'copying: exact match')
-    assert rows[0] == ['model', 'meta-tokens', '32', '64', '128'] and len(rows) == 2 + 9
-    assert [row[4] for row in rows if row[0] == 'ape'] == ['-'] * 3
+    assert rows[0] == ['model', 'markers', 'meta-tokens', '32', '64', '128']
+    assert len(rows) == 2 + 9
+    assert [row[5] for row in rows if row[0] == 'ape'] == ['-'] * 3
     assert 'learned positions (APE) end' in out
-    full, = [row for row in rows if row[:2] == ['rope', 'full']]
+    full, = [row for row in rows if row[:3] == ['rope', 'task', 'full']]
     cell = cells['copying', 'rope', 'full', 64]
     percent, low = 100 * cell['exact_match'], 100 * cell['exact_match_95'][0]
-    assert full[3].startswith(f'{percent:.1f} ({low:.1f}-')
+    assert full[4].startswith(f'{percent:.1f} ({low:.1f}-')
     rows = table(out, 'parity: token accuracy')
     cell = cells['parity', 'rope', 'full', 32]
     assert len(rows) == 2 + 9
-    assert float(rows[2][2].split()[0]) == round(100 * cell['token_accuracy'], 1)
+    assert float(rows[2][3].split()[0]) == round(100 * cell['token_accuracy'], 1)
 
     # the share that the best constant guess has
     for task, length in (('parity', 32), ('copying', 64)):
@@ -186,15 +188,22 @@ def asked(monkeypatch):
 def test_tasks_marks_prompts_as_the_model_was_taught(inside, asked, tmp_path, markers, n_marks):
     inside('finetune.py', *SMALL, f'--markers={markers}', '--max_iters=2', '--out_dir=out/a')
     command = '--ckpt=out/a/best.pt', '--n_examples=20', '--device=cpu'
-    inside('evaluate.py', 'tasks', *command, '--lengths=32')
-    assert len(asked) == 3 * 20
+    out = inside('evaluate.py', 'tasks', *command, '--lengths=32').out
+    assert f'| a | {markers} | full |' in out and len(asked) == 3 * 20
     for prompt in asked:
         assert prompt.count(257) == n_marks and (prompt[-1] == 257) == (markers == 'end')
 
     # other tasks are asked as they are
     asked.clear()
-    inside('evaluate.py', 'tasks', *command, '--task=segment_counting', '--lengths=64')
+    counting = '--task=segment_counting', '--lengths=64'
+    assert '| a | task | full |' in inside('evaluate.py', 'tasks', *command, *counting).out
     assert {prompt.count(257) for prompt in asked} == {2}
+
+
+def test_a_model_is_named_by_its_folder_from_inside_it(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path / 'out/tiny')
+    m, = evaluate.load_models('best.pt', MACHINE)
+    assert m.name == 'tiny'
 
 
 def test_rows_of_the_table_are_zeroed_as_they_say(inside, monkeypatch):
@@ -310,6 +319,46 @@ def test_lines_without_text_are_no_documents(trained, perplexity, tmp_path):
     lines = '{"text": "abcdefgh"}', '{"text": null}', '{"id": 3}', '{"text": ""}'
     (tmp_path / 'some.jsonl').write_text('\n'.join(lines))
     assert perplexity('--text=some.jsonl', name='some')[0][0]['documents'] == 1
+
+
+def test_of_many_documents_some_are_read_at_length():
+    """In equal shares, but no shares so short that a model has nothing to go by."""
+    def lengths(n_documents, length, max_tokens):
+        documents = [np.arange(length)] * n_documents
+        parts = evaluate.beginnings(documents, max_tokens)
+        assert all((part == np.arange(len(part))).all() for part in parts)
+        return [len(part) - 1 for part in parts]                 # the first is not scored
+
+    assert lengths(3, 9000, 6000) == [2000, 2000, 2000]
+    assert lengths(5, 9000, 2500) == [1024, 1024, 452, 0, 0]
+    assert lengths(4, 301, 700) == [300, 300, 100, 0]
+    assert lengths(1, 9000, 100) == [100]
+
+
+def test_models_of_two_tokenizers_score_the_same_text(tmp_path):
+    (tmp_path / 'a.txt').write_text('the thin cloth ' * 20)
+    ranks = {bytes([i]): i for i in range(256)} | {b'th': 256, b'the': 257}
+    pairs = tiktoken.Encoding('pairs', pat_str='.+', mergeable_ranks=ranks, special_tokens={})
+    letters = get_tokenizer('bytes')
+
+    def text(tok, first_tok):
+        ids, = evaluate.read_documents(f'{tmp_path}/a.txt', tok, 100, first_tok)
+        return len(ids), tok.decode(ids.tolist())
+
+    assert text(letters, letters) == (101, ('the thin cloth ' * 20)[:101])
+    n, words = text(pairs, letters)
+    assert n < 90 and words == text(letters, letters)[1]
+    n, words = text(pairs, pairs)
+    assert n == 101 and words == text(letters, pairs)[1]
+
+
+def test_the_picture_names_the_model_of_the_fewest_bits_per_byte():
+    """A perplexity per token is lower where tokens are shorter."""
+    rows = [dict(model='bytes', n_meta=0, perplexity=5.0, bits_per_byte=2.3),
+            dict(model='words', n_meta=0, perplexity=90.0, bits_per_byte=1.6)]
+    rows = [row | dict(positions=[1.0], perplexity_by_position=[5.0]) for row in rows]
+    title = evaluate.draw_perplexity(rows).axes[0].get_title()
+    assert title == 'words without meta-tokens needs the fewest bits per byte: 1.600'
 
 
 def window_starts(last, stride):
@@ -538,6 +587,15 @@ def test_a_single_meta_token_has_no_readings_of_its_own():
     assert all(np.isfinite(r['mean']) for r in results)
 
 
+def test_meta_tokens_in_front_have_no_readings_of_their_own():
+    """They are the same in every row, which would give intervals of no width."""
+    idx = torch.randint(60, (4, 20), generator=torch.Generator().manual_seed(0))
+    idx[:, :3] = 60
+    results = evaluate.measure_sharpening(random_model(), idx)
+    assert {r['reading'] for r in results} == {evaluate.AT_TEXT}
+    assert all(r['low'] < r['high'] for r in results)
+
+
 def test_looking_inside_leaves_no_hooks():
     model = random_model(pos='ape')
     with pytest.raises(ValueError, match='end at'):
@@ -634,16 +692,30 @@ def slow_cosines(x):
     return np.array([[torch.cosine_similarity(a, b, dim=0).item() for b in x] for a in x])
 
 
-def test_what_no_row_holds_is_no_cosine_of_0(inside, trained, tmp_path):
-    """Where meta-tokens stand first, no text stands before them."""
+def test_what_no_row_holds_is_no_cosine_of_0():
+    """No text stands before a meta-token that stands first."""
+    idx = torch.randint(60, (4, 20), generator=torch.Generator().manual_seed(0))
+    idx[:, 0] = 60
+    at_meta, at_text = evaluate.measure_caching(random_model(), idx)['curves']['mean']
+    assert np.isnan(at_meta[-1]).all() and at_text[-1][0] > 0
+
+
+def test_caching_needs_text_before_meta_tokens(inside, refused, trained, tmp_path):
     path = tmp_path / 'out/tiny/best.pt'
     checkpoint = torch.load(path, weights_only=True)
     checkpoint['config']['meta_placement'] = 'start'
     torch.save(checkpoint, path)
-    out = inside('evaluate.py', 'caching', '--n_rows=6', '--device=cpu').out
-    assert 'neither fades nor grows, as far as can be resolved' in out
-    at_meta, at_text = read_json(tmp_path / 'out/tiny/eval/caching.json')['curves']['mean']
-    assert set(at_meta[-1]) == {None} and at_text[-1][0] > 0
+    message = refused('evaluate.py', 'caching', '--n_rows=6', '--device=cpu')
+    assert 'meta-tokens stand before all text' in message
+    message = refused('evaluate.py', 'sharpening', '--n_rows=1', '--device=cpu')
+    assert 'an interval needs two rows' in message
+
+
+def test_near_and_far_are_apart_in_short_rows():
+    idx = torch.randint(60, (4, 64), generator=torch.Generator().manual_seed(0))
+    idx[:, 9] = 60
+    assert evaluate.measure_caching(random_model(), idx)['far'] == 8
+    assert evaluate.measure_caching(random_model(), idx[:, :30])['far'] == 5
 
 
 def test_equal_states_do_not_fade(inside, trained, monkeypatch):
@@ -669,7 +741,9 @@ def test_rate_distortion(inside, trained, tmp_path, run, n_classes):
     folder = tmp_path / 'out' / run / 'eval'
     assert (folder / 'rate_distortion.png').read_bytes().startswith(PNG)
     result = read_json(folder / 'rate_distortion.json')
-    assert out.count('lower at equal rate: ') == 4 and len(result['curves']) == 4
+    n_curves = 4 if 'list_recall' in run else 3      # text ends with its meta-token
+    assert out.count('lower at equal rate: ') == 2 * (n_curves - 2)
+    assert len(result['curves']) == n_curves
     assert result['n_classes'] >= n_classes and f"{result['n_classes']} classes" in out
     for curve in result['curves'].values():
         rate, low, high = (curve['rate'][key] for key in ('mean', 'low', 'high'))
@@ -748,6 +822,27 @@ def test_rate_distortion_finds_the_verdict(inside, trained, monkeypatch):
     assert 'drawn 8 times: last text token is lower than itself' in out
 
 
+def test_what_training_never_saw_is_not_asked(inside, trained, tmp_path, monkeypatch):
+    """Such a target has no class. It was taken for the next one."""
+    def states(m, n, split, ckpt, device):
+        y = torch.arange(n) % 5                                  # 2 and 3 never are in training
+        if split == 'train':
+            y = torch.tensor([0, 1, 4])[torch.arange(n) % 3]
+        told = F.one_hot(y, 5).float()
+        told = torch.cat((told, torch.randn(n, 3)), dim=1)
+        return {evaluate.META_CURVE: told, evaluate.TEXT_CURVE: told,
+                evaluate.ZEROED_CURVE: told}, y
+
+    monkeypatch.setattr(evaluate, 'bottleneck_states', states)
+    out = inside('evaluate.py', 'rate_distortion', '--n_train=90', '--n_test=50', '--n_steps=300',
+                 '--n_seeds=2', '--n_betas=3', '--device=cpu').out
+    assert '90 training and 30 held-out examples, 3 classes' in out
+    assert '(20 more held-out targets are left out' in out
+    result = read_json(tmp_path / 'out/tiny-list_recall/eval/rate_distortion.json')
+    assert result['curves'][evaluate.META_CURVE]['distortion']['mean'][0] < 0.1
+    assert result['most'] == pytest.approx(math.log(3))
+
+
 @pytest.mark.parametrize('n', [3, 60])
 def test_rate_distortion_of_few_examples(inside, trained, n):
     """Too few to draw the paper's size from them: then nothing is said of it."""
@@ -762,7 +857,7 @@ def test_strictly_lower_is_counted():
     y = torch.from_numpy(rng.integers(4, size=n))
     told, noise = torch.from_numpy(rng.normal(size=(2, n, 32))).float()
     told += 90 * F.one_hot(y, 4).repeat(1, 8)
-    states = dict.fromkeys(evaluate.CURVES, noise) | {evaluate.META_CURVE: told}
+    states = {evaluate.TEXT_CURVE: noise, evaluate.BEFORE_CURVE: noise, evaluate.META_CURVE: told}
     found = evaluate.count_strictly_lower(states, y, z_dim=16)
     counts = {(r['curve'], r['against']): r['strictly_lower'] for r in found}
     for text in evaluate.TEXT_CURVE, evaluate.BEFORE_CURVE:

@@ -293,7 +293,7 @@ def test_gpt2_tokens(make, tmp_path):
     folder = make('a.jsonl', tokenizer='gpt2')
     assert sorted(documents(folder, 'train') + documents(folder, 'val')) == sorted(TEXTS)
     assert max(tokens(folder, 'train')) == tok.eot_token
-    assert load_data('a').tok.name == 'gpt2'
+    assert load_data('a').tok.name == load_data('data/a').tok.name == 'gpt2'
 
 
 @pytest.mark.parametrize('tokenizer', ['bytes', 'gpt2'])

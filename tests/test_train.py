@@ -198,6 +198,11 @@ def test_load_model(inside, tmp_path):
     row = model.generate(torch.tensor([[97]]), 20)[0].tolist()
     assert [i for i, token in enumerate(row) if token == meta_token(tok)] == [10, 20]
 
+    # to a model that was taught a task, meta-tokens are marks
+    inside('finetune.py', '--init_from=out/a/best.pt', '--task=parity', '--train_length=20',
+           '--max_iters=2', '--eval_examples=8', '--device=cpu', '--out_dir=out/taught')
+    assert train.load_model(tmp_path / 'out/taught/best.pt')[0].meta_every == 0
+
     plain = '--meta_rate=0', '--meta_attn=False', '--out_dir=out/plain'
     inside('train.py', *SMALL, '--max_iters=2', *plain)
     assert train.load_model(tmp_path / 'out/plain/ckpt.pt')[0].meta_every == 0
@@ -225,6 +230,33 @@ def test_resume_from_best_alone(inside, tmp_path):
     (tmp_path / 'out/parts/ckpt.pt').unlink()
     inside(*RESUME, '--out_dir=out/parts', '--max_iters=12')
     assert_same_run(tmp_path / 'out/parts', tmp_path / 'out/straight')
+
+
+def test_a_stopped_validation_is_made_up_for(inside, tmp_path, monkeypatch):
+    """The last one, too: else best.pt would be an earlier step's."""
+    inside('train.py', *SMALL, '--max_iters=8', '--out_dir=out/straight')
+    for step in 4, 8:
+        folder = tmp_path / f'out/stopped-{step}'
+        with monkeypatch.context() as patch:
+            send_after_step(patch, step, signal.SIGTERM)
+            code = 128 + signal.SIGTERM
+            inside('train.py', *SMALL, '--max_iters=8', f'--out_dir={folder}', code=code)
+        assert log(folder, 'iter', 'val_loss')[-1] == [str(step), '']
+        inside(*RESUME, f'--out_dir={folder}')
+        losses = [row for row in log(folder, 'iter', 'val_loss') if row[1]]
+        straight = log(tmp_path / 'out/straight', 'iter', 'val_loss')
+        assert losses == [row for row in straight if row[1]]
+        assert_equal(state(folder), state(tmp_path / 'out/straight'))
+        best, its = (checkpoint(run, 'best.pt') for run in (folder, tmp_path / 'out/straight'))
+        assert best['iter_num'] == its['iter_num']
+
+
+def test_a_finished_run_that_is_resumed_does_nothing(inside, tmp_path):
+    inside('train.py', *SMALL, '--max_iters=4', '--out_dir=out/a')
+    before = [(tmp_path / 'out/a' / name).read_bytes() for name in ('ckpt.pt', 'best.pt')]
+    inside(*RESUME, '--out_dir=out/a')
+    assert [(tmp_path / 'out/a' / name).read_bytes() for name in ('ckpt.pt', 'best.pt')] == before
+    assert log(tmp_path / 'out/a', 'iter') == [[str(i)] for i in range(5)]
 
 
 def test_resume_without_a_log(inside, tmp_path):
@@ -259,9 +291,11 @@ def test_a_resumed_run_keeps_its_rows_a_step(inside, refused, tmp_path):
     """Else it would jump in the data. More rows in fewer micro-batches is fine."""
     inside('train.py', *SMALL, '--max_iters=2', '--out_dir=out/a')
     assert 'has 8 rows' in refused(*RESUME, '--out_dir=out/a', '--batch_size=8')
-    split = '--batch_size=8', '--gradient_accumulation_steps=1'
+    split = '--batch_size=2', '--gradient_accumulation_steps=4'
     inside(*RESUME, '--out_dir=out/a', *split, '--max_iters=3')
     assert checkpoint(tmp_path / 'out/a')['iter_num'] == 3
+    # and as many in validation, else its losses could not be compared
+    assert checkpoint(tmp_path / 'out/a')['config']['eval_iters'] == 3 * 4 / 2
 
 
 def test_a_repeated_preset_changes_nothing(inside, tmp_path):
