@@ -870,7 +870,7 @@ class Machine:
             self.rank, self.world = int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])
         name = device
         if device == 'auto':
-            name = torch.accelerator.current_accelerator() or 'cpu'
+            name = torch.accelerator.current_accelerator(check_available=True) or 'cpu'
         if str(name) == 'cuda' and self.world > 1:
             name = f"cuda:{os.environ['LOCAL_RANK']}"
         try:
@@ -883,7 +883,8 @@ class Machine:
         if self.type == 'cpu':
             self.name = f'cpu, {torch.get_num_threads()} threads (OMP_NUM_THREADS=n sets them)'
         if self.type == 'cuda':
-            torch.cuda.set_device(self.device)
+            if self.device.index is not None:  # 'cuda' alone is the current one
+                torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision('high')
             self.name = torch.cuda.get_device_name()
             best = 'bfloat16' if torch.cuda.get_device_capability() >= (8, 0) else 'float16'
