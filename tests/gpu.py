@@ -11,6 +11,7 @@ TIKTOKEN_CACHE_DIR says, and with --nanogpt=DIR a clone of nanoGPT to be compare
 """
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -22,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # the scripts are in the root
 from prepare import UserError, parse_config, run_script
 
-PARTS = 'works', 'costs', 'suite', 'finds'
+PARTS = 'works', 'costs', 'finds', 'suite'
 
 
 @dataclass
@@ -50,15 +51,17 @@ def steps_of(cfg):
     def train(name, steps, more=''):
         steps = max(steps // n, 2)
         return (f'train.py --preset=paper --dataset={cfg.data} --out_dir={cfg.runs}/{name}{model} '
-                f'--gradient_accumulation_steps=1 --eval_iters=5 --eval_interval={steps // 2} '
-                f'--max_iters={steps} --lr_decay_iters={steps} --warmup_iters={steps // 10} {more}')
+                f'--overwrite=True --gradient_accumulation_steps=1 --eval_iters=5 '
+                f'--eval_interval={steps} --max_iters={steps} --lr_decay_iters={steps} '
+                f'--warmup_iters={steps // 10} {more}')
 
     def teach(name, steps):
         steps = max(steps // n, 5)
         device = ' --device=cpu' if cfg.tiny else ''
         return (f'finetune.py --init_from={cfg.runs}/{name}/best.pt --train_length=128 '
                 f'--batch_size=64 --max_iters={steps} --phase_iters={max(steps // 6, 1)}{device} '
-                f'--out_dir={cfg.runs}/{name}-list_recall')
+                f'--learning_rate=1e-4 --min_lr=1e-5 --eval_interval={steps} --compile=False '
+                f'--overwrite=True --out_dir={cfg.runs}/{name}-list_recall')
 
     def grade(name):
         return (f'evaluate.py tasks --ckpt={cfg.runs}/{name}-list_recall/best.pt '
@@ -76,20 +79,18 @@ def steps_of(cfg):
     yield Step('works', 90, launcher + train('torchrun', 20))
 
     beside = f' --nanogpt={cfg.nanogpt}' if cfg.nanogpt else ''
-    speed = f'tests/speed.py --runs=5{beside}{model}'
-    yield Step('costs', 150, f'{speed} --models=plain,gather,dense')
-    if not cfg.tiny:
-        yield Step('costs', 90, f'{speed} --models=plain,gather --batch_size=32')
+    speed = f'tests/speed.py --runs={5 if cfg.tiny else 30}{beside}{model}'
+    yield Step('costs', 300, f'{speed} --models=plain,gather')
     prompts = '16,64' if cfg.tiny else '16,960'
     yield Step('costs', 120, f'{speed} --mode=generate --prompts={prompts}')
-
-    yield Step('suite', 240, f'-m pytest -q {suite}')
 
     for name, more in (('meta', ''), ('pause', '--meta_attn=False'),
                        ('gpt2', '--meta_rate=0 --meta_attn=False')):
         yield Step('finds', 150, train(name, 1000, more))
         yield Step('finds', 120, teach(name, 600))
-        yield Step('finds', 40, grade(name))
+        yield Step('finds', 60, grade(name))
+
+    yield Step('suite', 240, f'-m pytest -q {suite}')
 
 
 def run(step, out):
@@ -98,12 +99,15 @@ def run(step, out):
     with path.open('a') as file:
         file.write(f'\n$ python {step.command}\n')
         file.flush()
+        process = subprocess.Popen(f'{sys.executable} {step.command}', shell=True, cwd=ROOT,
+                                   stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+                                   env=os.environ | {'TORCH_LOGS': 'recompiles'})
         try:
-            code = subprocess.run(f'{sys.executable} {step.command}', shell=True, cwd=ROOT,
-                                  stdout=file, stderr=subprocess.STDOUT, timeout=step.seconds,
-                                  env=os.environ | {'TORCH_LOGS': 'recompiles'}).returncode
+            code = process.wait(step.seconds)
         except subprocess.TimeoutExpired:
             code = f'stopped after {step.seconds} s'
+            os.killpg(process.pid, signal.SIGKILL)  # its own processes too: they hold the GPU
+            process.wait()
     said = path.read_text().split(f'$ python {step.command}\n')[-1]
     line = (f'{step.part:6} exit {code}, {time.time() - start:.0f} s, '
             f'{said.count("Recompiling")} recompilations: python {step.command}\n')

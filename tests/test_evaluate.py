@@ -218,7 +218,7 @@ def test_rows_of_the_table_are_zeroed_as_they_say(inside, monkeypatch):
     out = inside('evaluate.py', 'tasks', '--ckpt=out/a/best.pt', '--lengths=64',
                  '--n_examples=40', '--device=cpu').out
     rows = table(out, 'list_recall: exact')[2:]
-    found = [(row[1], row[2].split()[0]) for row in rows]
+    found = [(row[2], row[3].split()[0]) for row in rows]
     assert found == [('full', '0.0'), ('zero position', '50.0'), ('zero embedding', '100.0')]
 
 
