@@ -134,7 +134,7 @@ def test_a_run(inside, tmp_path):
 
     c, best = checkpoint(folder), checkpoint(folder, 'best.pt')
     assert set(c) == {'model', 'optimizer', 'scaler', 'model_args', 'config', 'tokenizer', 'data',
-                      'iter_num', 'tokens', 'best_val_loss'}
+                      'iter_num', 'tokens', 'best_val_loss', 'validated'}
     assert c['iter_num'] == 30 and c['tokens'] == 7680 and c['tokenizer'] == 'bytes'
     assert c['best_val_loss'] == min(losses.values()) == losses[best['iter_num']]
     assert c['model'].keys() == GPT(GPTConfig(**c['model_args'])).state_dict().keys()
