@@ -468,8 +468,8 @@ def cross_entropy(x, weight, targets):
     only where there is a target, 512 at a time: twice as fast at 4 x 1024.
     """
     x, targets = x.flatten(0, 1), targets.flatten()
-    torch_can = hasattr(nn, 'LinearCrossEntropyOptions')       # from 2.13 on
-    if x.device.type != 'cpu' or torch.compiler.is_compiling() or not torch_can:
+    old_torch = not hasattr(nn, 'LinearCrossEntropyOptions')   # before 2.13
+    if x.device.type != 'cpu' or torch.compiler.is_compiling() or old_torch:
         return F.cross_entropy(F.linear(x, weight), targets, ignore_index=-1)
     x, targets = x[targets >= 0], targets[targets >= 0]
     options = nn.LinearCrossEntropyOptions(batch_chunk_size=512)

@@ -311,7 +311,7 @@ class Run:
         self.optimizers = make_optimizers(model, cfg)
         self.scaler = torch.amp.GradScaler(machine.type, enabled=machine.dtype == 'float16')
         self.it, self.tokens, self.flops, self.best_val_loss = 0, 0, 0, math.inf
-        self.validated = False  # the weights as they are
+        self.validated = False  # have the weights, as they are, been validated?
         self.flops_per_token = lru_cache(model.flops_per_token)
         if cfg.init_from == 'resume':
             self.resume(checkpoint)
@@ -425,16 +425,18 @@ def fit(run):
             due = not run.validated and (last or run.it % cfg.eval_interval == 0)
             if due:
                 found = run.validate()
-                row, run.validated = row | found, bool(found)
+                run.validated = bool(found)
+                row |= found
                 run.restart_clock()
             if row:
                 run.log(row)
 
-            finite, saved = not skipped and math.isfinite(row.get('val_loss', 0)), False
+            finite = not skipped and math.isfinite(row.get('val_loss', 0))
             stopping, saving = machine.asked_to_stop(), machine.asked_to_save()
-            if run.it > 0 and finite and (due or stopping or saving):
+            begun, saved = run.it > 0, False  # before the first step there is nothing to save
+            if begun and finite and (due or stopping or saving):
                 saved = run.save_both(row.get('val_loss', math.inf))
-            if run.it > 0 and stopping:
+            if begun and stopping:
                 words = f'and saved; go on with --init_from=resume --out_dir={run.out_dir}'
                 machine.say(f'stopped after iter {run.it}, {words if saved else "not saved"}')
                 raise SystemExit(128 + stopping)

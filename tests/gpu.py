@@ -2,7 +2,7 @@
 What only a GPU can tell, in order of worth. Each step is a command line under a limit of seconds.
 Its output is kept as it comes, so that nothing is lost when the time runs out.
 
-    python tests/gpu.py                               # all of it, 15 to 20 minutes
+    python tests/gpu.py                               # all of it, up to 37 minutes
     python tests/gpu.py --parts=works,costs --out=DIR
     python tests/gpu.py --tiny=True                   # a dry run: tiny models, on a CPU
 
