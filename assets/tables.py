@@ -49,10 +49,17 @@ def at_lengths(text, model, other, command='', words='{} tokens'):
 
 
 def sharper(where, reading):
-    row = dict(experiment='sharpening', model='meta', reading=reading, of='entropy',
-               against='zeroed embeddings')
-    return Claim('They sharpen attention (Fig. 2)', where, ((-1, row),), 'sharpening',
-                 'mean')
+    return Claim('They sharpen attention (Fig. 2)', where, ((-1, entropy('meta', reading)),),
+                 'sharpening', 'mean')
+
+
+def entropy(model, reading):
+    """The rows of its change by meta-tokens."""
+    return dict(experiment='sharpening', model=model, reading=reading, of='entropy',
+                against='zeroed embeddings')
+
+
+FADES = dict(experiment='caching', of='fades more than at text tokens')
 
 
 def tells_more(text, text_token, *signs_and_models, command=''):
@@ -89,8 +96,8 @@ def more_by_longer_training(model, weight):
     return (weight, row | dict(train_length=64)), (-weight, row | dict(train_length=32))
 
 
-def stretched(scale, train_length, length):
-    return better('meta', 'gpt2', experiment='table1', yarn_scale=scale, train_length=train_length,
+def stretched(scale, train_length, length, other='gpt2'):
+    return better('meta', other, experiment='table1', yarn_scale=scale, train_length=train_length,
                   length=length)
 
 
@@ -169,6 +176,15 @@ CLAIMS = [
     Claim('meta beats pause', 'loss of source', less_loss('pause', 'recall_tokens'), figure='nats'),
     *asked_after('pause'),
     *asked_after('pause-same-size'),
+    *[Claim('meta beats pause (asked after the run)', f'stretched {scale}× at {length}',
+            stretched(scale, length, length, 'pause'))
+      for scale, length in TABLE1_CELLS if scale > 1],
+    *[Claim('meta sharpens more than pause (asked after the run)', where,
+            ((1, entropy('pause', reading)), (-1, entropy('meta', reading))), figure='mean')
+      for where, reading in (('at meta-tokens', 'attention at meta-tokens'),
+                             ('in the output', 'output at meta-tokens'))],
+    Claim('meta caches more than pause (asked after the run)', 'in resembling near text',
+          ((1, FADES | dict(model='meta')), (-1, FADES | dict(model='pause'))), figure='mean'),
 ]
 
 
