@@ -122,15 +122,15 @@ OTHER_META = {
 }
 CLAIMS = [
     # the paper's
-    *at_lengths('Meta-tokens help list recall (Fig. 1)', 'meta', 'gpt2', TASKS),
-    *[Claim('They help the other tasks (Fig. 1)', reading, better('meta', 'gpt2', **where), TASKS)
-      for reading, where in OTHER_TASKS.items()],
+    *at_lengths('meta improves list recall (Fig. 1)', 'meta', 'gpt2', TASKS),
+    *[Claim('meta improves the other tasks (Fig. 1)', reading, better('meta', 'gpt2', **where),
+            TASKS) for reading, where in OTHER_TASKS.items()],
     Claim('More with longer training prompts (Fig. 1)', '64 for 32',
           (*more_by_longer_training('meta', 1), *more_by_longer_training('gpt2', -1)), TASKS),
     *[Claim('Also in a window stretched by YaRN (Table 1)', f'{scale}× at {length}',
             stretched(scale, length, length), TASKS)
       for scale, length in TABLE1_CELLS if scale > 1],
-    *[Claim('Zeroing their position helps (Table 2)', f'{length} tokens',
+    *[Claim("Zeroing meta-tokens' position helps (Table 2)", f'{length} tokens',
             zeroed('position', length), TASKS) for length in (64, 128)],
     *[Claim('Zeroing their embedding hurts (Table 2)', f'{length} tokens',
             tuple((-weight, row) for weight, row in zeroed('embedding', length)), TASKS)
@@ -143,7 +143,7 @@ CLAIMS = [
             ((1, dict(experiment='caching', model='meta', of=of)),), 'caching', 'mean', small)
       for reading, of, small in (
           ('in resembling near text', 'fades more than at text tokens', SMALL),
-          ('in text looking there', OVER_UNIFORM, SMALL_SHARE))],
+          ('in text attending to them', OVER_UNIFORM, SMALL_SHARE))],
     *[tells_more('Per nat kept, they tell more of the answer (rate-distortion)', token,
                  (-1, 'meta'), command='rate_distortion')
       for token in ('last text token', 'text token before it')],
