@@ -3,7 +3,7 @@ Teach a model one of the paper's four recall tasks, in which meta-tokens mark wh
 
     python finetune.py                                                # list recall, from out/tiny
     python finetune.py --task=copying --init_from=out/plain/best.pt   # another task, another model
-    python finetune.py --task=all --train_length=128                  # all tasks, longer prompts
+    python finetune.py --train_length=128 --max_iters=5000            # longer prompts, more steps
     python finetune.py --init_from=resume --out_dir=out/tiny-list_recall   # go on after any stop
     python finetune.py --init_from=gpt2 --train_length=256            # GPT-2, with words for items
 
@@ -16,8 +16,7 @@ The tasks, with words (--tokenizer=gpt2) for items; · is the meta-token:
 
 Writes out_dir/ as train.py does. `python evaluate.py tasks` measures the result.
 """
-import math
-import zlib
+import math, zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from string import ascii_lowercase, ascii_uppercase
@@ -27,10 +26,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from prepare import (META, Positive, Share, UserError, get_tokenizer, meta_token, most_meta,
-                     parse_config)
-from train import (MODEL_KEYS, Machine, Run, TrainConfig, launch, make_model, open_run,
-                   run_whole)
+from prepare import META, UserError, get_tokenizer, meta_token, parse_config, positive
+from train import (MODEL_KEYS, Machine, RunConfig, describe, finish, fit, is_gpt2, launch,
+                   make_model, open_run, printable)
 
 # ------------------------------------------------------------------------------
 # The tasks. Each makes a prompt and its answer, as text. A prompt has `size` parts, items or bits.
@@ -118,16 +116,11 @@ TASKS = {
     'copying': Task(copying, 12, lambda length: 2 * round(length ** 0.5) + 1, needs_marks=False),
 }
 WORDS = """
-apple arrow ball band bank bar base bat bean bear bed bee bell belt bench bird blade block boat bone
-book boot bow bowl box brain bread bridge brush bus button cake camera camp cap car card cat chain
-chair circle clock cloud coal coat coin cone corn cow cup doctor dog door dragon dream dress dust
-ear egg eye face farm fig fire fish flag floor flower foot fork fox frog fruit gate ghost glass gold
-grass gun hair hall hammer hand hat heart hill horn horse house ice ink iron jar key king knife lake
-leaf leg letter lock mask meat moon mouse mud neck net nut oil orange oven owl pan paper pen pin
-pipe plate pocket pot rain rat rice ring river road rock room root rose ruby sand sea seat seed
-shadow ship shirt shop silver skin sky song star stick stone storm street sun sword table tail tin
-toe tower train tree tube wall watch water wave web wheel wind window wine wing wire wolf wood worm
-yard
+apple arrow ball band bank bean bear bed bell bird boat bone book boot bowl box bread bridge bus
+cake car card cat chain chair clock cloud coat coin corn cow cup dog door dust egg eye face farm
+fig fire fish flag foot fork fox frog fruit gate glass gold grass hand hat heart horse house ice
+iron jar key king lake leaf moon mud net nut oil pan pen pin pot rain ring river road rock room
+sand sea ship sky star sun tree wall
 """.split()
 
 
@@ -203,36 +196,31 @@ def examples(task, length, split, seed, tok, markers='task'):
 # Settings
 
 @dataclass
-class FinetuneConfig(TrainConfig):
-    """train.py's settings. Here stand those that differ, and those that only fine-tuning has."""
+class FinetuneConfig(RunConfig):
+    """The settings of every run, where they differ; then those of fine-tuning."""
     init_from: str = 'out/tiny/best.pt'  # a checkpoint | resume (out_dir's run) | scratch | gpt2
-    out_dir: str = ''            # the run's folder; empty: the checkpoint's, and the task behind it
-    max_iters: Positive = 1000   # optimizer steps
-    eval_interval: Positive = 100  # grade and save every so many steps
-    log_interval: Positive = 25  # a progress line every so many steps
-    batch_size: Positive = 64    # examples of a micro-batch, on one device
-    eval_iters: Positive = 75    # not used here: eval_examples is
-    dataset: str = 'stdlib'      # pre-training's, which a checkpoint brings; not used here
-    meta_rate: Share = 0.0       # pre-training's; not used here
-    meta_placement: Literal['random', 'periodic', 'start'] = 'random'  # pre-training's; not used
+    max_iters: positive = 1000   # optimizer steps
+    eval_interval: positive = 100  # grade and save every so many steps
+    log_interval: positive = 25  # a progress line every so many steps
+    batch_size: positive = 64    # examples of a micro-batch, on one device
     learning_rate: float = 2e-3  # at its peak
     # what is learned
-    task: Literal[(*TASKS, 'all')] = 'list_recall'  # all: every batch holds all of them
+    task: Literal[tuple(TASKS)] = 'list_recall'  # which of the four
     markers: Literal['task', 'random', 'none', 'end'] = 'task'  # end: the last, behind the question
-    train_length: Positive = 64  # the longest prompts, in tokens
+    train_length: positive = 64  # the longest prompts, in tokens
     curriculum: bool = True      # five phases of growing prompts; False: train_length at once
-    phase_iters: Positive = 150  # steps of each of the first four phases; the fifth is the rest
-    n_examples: Positive = 90_000  # training examples of each length; then the same again
-    eval_examples: Positive = 200  # held-out prompts of train_length to grade on, always the same
+    n_examples: positive = 90_000  # training examples of each length; then the same again
+    eval_examples: positive = 200  # held-out prompts of train_length to grade on, always the same
     tokenizer: Literal['bytes', 'gpt2'] = 'bytes'  # bytes: items are letters; gpt2: words
 
 
 PRESETS = {
     'tiny': {},  # the defaults above
     'paper': dict(init_from='out/paper/best.pt', train_length=512, batch_size=16, max_iters=1400,
-                  gradient_accumulation_steps=4, phase_iters=280, learning_rate=1e-4, min_lr=1e-5),
+                  gradient_accumulation_steps=4, learning_rate=1e-4, min_lr=1e-5),
 }  # paper: 90k examples, once; the paper does not give its rate
 PRESETS['gpt2'] = PRESETS['paper'] | dict(init_from='gpt2')
+PHASE = 0.15  # of the run: each of the curriculum's first four phases. The fifth is the rest.
 
 # ------------------------------------------------------------------------------
 # Batches, grading, and what is learned
@@ -243,12 +231,9 @@ def phase_lengths(task, train_length):
     return lengths.round().astype(int).tolist()
 
 
-def width_for(lengths):
-    """Positions that prompts of {task: length} and their answers need, less the last target."""
-    width = 0
-    for task, length in lengths.items():
-        width = max(width, length + TASKS[task].longest_answer(length) - 1)
-    return width
+def width_for(task, length):
+    """Positions that a prompt and its answer need, less the last target."""
+    return length + TASKS[task].longest_answer(length) - 1
 
 
 def collate(rows, width, pad):
@@ -276,7 +261,7 @@ def grade(model, rows, width, tok, machine, zero_meta=None):
     model.eval()
     for n in range(0, len(rows), size):
         idx, targets = collate(rows[n:n + size], width, tok.eot_token)
-        n_meta = most_meta(idx, meta)
+        n_meta = int((idx == meta).sum(axis=1).max())
         idx, targets = machine.to_device(idx, targets)
         with torch.no_grad(), machine.autocast:
             logits = model.lm_head(model.hidden(idx, zero_meta, n_meta))  # (B, width, vocab_size)
@@ -295,41 +280,27 @@ def grade(model, rows, width, tok, machine, zero_meta=None):
 
 class Recall:
     """
-    A recall task, or all of them, for `train.fit`. A step holds prompts of one of the lengths that
-    the curriculum has reached. All is a function of (seed, step), as in pre-training.
+    A recall task, for `train.fit`. A step holds prompts of one of the lengths that the curriculum
+    has reached. All is a function of (seed, step), as in pre-training.
     """
-    columns = 'exact_match',
-
     def __init__(self, cfg, machine, tok):
-        self.cfg, self.machine, self.tok = cfg, machine, tok
-        self.about, self.last = None, {}
-        self.phase_starts = [n * cfg.phase_iters for n in range(1, 5)] if cfg.curriculum else []
-        self.tasks = list(TASKS) if cfg.task == 'all' else [cfg.task]
-        lengths = dict.fromkeys(self.tasks, cfg.train_length)
-        self.width = width_for(lengths)
-        share = math.ceil(max(cfg.eval_examples, machine.world) / len(self.tasks))
-        self.held_out = []
-        for i, task in enumerate(self.tasks):
-            stream = examples(task, cfg.train_length, 'test', [0, i], tok, cfg.markers)
-            self.held_out += [next(stream) for _ in range(share)]
-
-    def phase(self, it):
-        if not self.cfg.curriculum:
-            return 5
-        return min(it // self.cfg.phase_iters + 1, 5)
+        self.cfg, self.machine, self.tok, self.about = cfg, machine, tok, None
+        self.width = width_for(cfg.task, cfg.train_length)
+        stream = examples(cfg.task, cfg.train_length, 'test', [0, 0], tok, cfg.markers)
+        self.held_out = [next(stream) for _ in range(max(cfg.eval_examples, machine.world))]
 
     def batch(self, i):
         """Micro-batch i of the run, whoever asks: idx, targets (batch_size, width) int64."""
-        cfg, step, level = self.cfg, i // self.cfg.gradient_accumulation_steps, 4
+        cfg, level = self.cfg, 4
         if cfg.curriculum:
-            rng = np.random.default_rng([cfg.seed, step])
-            level = int(rng.integers(self.phase(step)))
-        lengths = {task: phase_lengths(task, cfg.train_length)[level] for task in self.tasks}
-        rows = []
+            step = i // cfg.gradient_accumulation_steps
+            phase = min(step // max(round(PHASE * cfg.max_iters), 1) + 1, 5)
+            level = int(np.random.default_rng([cfg.seed, step]).integers(phase))
+        length, rows = phase_lengths(cfg.task, cfg.train_length)[level], []
         for n in range(i * cfg.batch_size, (i + 1) * cfg.batch_size):
-            task, seed = self.tasks[n % len(self.tasks)], [cfg.seed, level, n % cfg.n_examples]
-            rows.append(next(examples(task, lengths[task], 'train', seed, self.tok, cfg.markers)))
-        return collate(rows, width_for(lengths), self.tok.eot_token)
+            seed = [cfg.seed, level, n % cfg.n_examples]
+            rows.append(next(examples(cfg.task, length, 'train', seed, self.tok, cfg.markers)))
+        return collate(rows, width_for(cfg.task, length), self.tok.eot_token)
 
     def evaluate(self, model):
         """The loss in nats per answer token, and exact match, on held-out prompts."""
@@ -338,99 +309,64 @@ class Recall:
         right, _, _, nats = grade(model, mine, self.width, self.tok, machine)
         n_tokens = sum(len(answer) for _, answer in mine)
         right, nats, n, n_tokens = machine.sum(right.sum(), nats.sum(), len(mine), n_tokens)
-        self.last = dict(val_loss=nats / n_tokens, exact_match=right / n)
-        return self.last
-
-    def in_words(self, row):
-        """What evaluate found, for the progress line."""
-        return (f"validation loss {row['val_loss']:.4f} nats per answer token, "
-                f"exact match {row['exact_match']:.1%}, at {self.cfg.train_length} tokens")
-
-    def status(self, it):
-        """What stands first on the progress line."""
-        text = ''
-        if self.cfg.curriculum:
-            text += f'phase {self.phase(it)}/5  '
-        if self.last:
-            text += f"exact match {self.last['exact_match']:.1%}  "
-        return text
-
-    def describe(self):
-        """The run's task, in the lines it begins with."""
-        cfg, (prompt, answer) = self.cfg, self.held_out[0]
-        example = self.tok.decode(prompt + answer).replace(META, '·')
-        last, note = self.phase(cfg.max_iters - 1), ''
-        if last < 5:
-            note = (f'note    the run ends in phase {last} of 5 of its curriculum: '
-                    f'--phase_iters={max(cfg.max_iters // 5, 1)} reaches the last\n')
-        return (f'{note}task    {cfg.task}: prompts of up to {cfg.train_length} tokens '
-                f'({self.tok.name}), for example\n{example}')
-
-    def sample(self, model):
-        """Some held-out prompts, and what the model answers."""
-        text, device = '', model.lm_head.weight.device
-        model.eval()
-        for prompt, answer in self.held_out[::math.ceil(len(self.held_out) / 4)]:
-            idx = torch.tensor([prompt], device=device)
-            new = model.generate(idx, len(answer), temperature=0, meta_every=0)[0, len(prompt):]
-            said, wanted = self.tok.decode(new.tolist(), errors='replace'), self.tok.decode(answer)
-            verdict = 'right' if said == wanted else f'wrong, it is {wanted.strip()}'
-            question = self.tok.decode(prompt).replace(META, '·')
-            text += f'{question} {said.strip()}   ({verdict})\n\n'
-        return text
-
-    def next_steps(self, out_dir):
-        return f'        measure it by length: python evaluate.py tasks --ckpt={out_dir}/best.pt'
+        return dict(val_loss=nats / n_tokens, exact_match=right / n)
 
 
-def check_markers(cfg):
-    tasks = TASKS if cfg.task == 'all' else [cfg.task]
-    for task in tasks:
-        can = cfg.markers == 'task' or not TASKS[task].needs_marks
-        if not can or cfg.markers == 'end' and task != 'list_recall':
-            raise UserError(f'--markers={cfg.markers}: {task} cannot be asked like that')
+def show_answers(model, rows, tok):
+    """[(prompt, answer)] as text, with what the model answers."""
+    text, device = '', model.lm_head.weight.device
+    model.eval()
+    for prompt, answer in rows:
+        idx = torch.tensor([prompt], device=device)
+        new = model.generate(idx, len(answer), temperature=0, meta_every=0)[0, len(prompt):]
+        said, wanted = printable(tok, new.tolist()).strip(), tok.decode(answer).strip()
+        verdict = 'right' if said == wanted else f'wrong, it is {wanted}'
+        question = tok.decode(prompt).replace(META, '·')
+        text += f'{question} {said}   ({verdict})\n\n'
+    return text
 
 
-def check_width(cfg, width, checkpoint):
-    if width > cfg.block_size:
+def check(cfg, task, checkpoint):
+    """Raises UserError where the task cannot be asked like that, or the block is too short."""
+    can = cfg.markers == 'task' or not TASKS[cfg.task].needs_marks
+    if not can or cfg.markers == 'end' and cfg.task != 'list_recall':
+        raise UserError(f'--markers={cfg.markers}: {cfg.task} cannot be asked like that')
+    if task.width > cfg.block_size:
         stretch = ''
         if checkpoint and cfg.pos == 'rope' and cfg.yarn_scale == 1:
-            scale = width / cfg.block_size
-            stretch = f'stretch it (--block_size={width} --yarn_scale={scale:.3g}), '
-        raise UserError(f'--train_length={cfg.train_length} needs {width} positions with the '
+            scale = task.width / cfg.block_size
+            stretch = f'stretch it (--block_size={task.width} --yarn_scale={scale:.3g}), '
+        raise UserError(f'--train_length={cfg.train_length} needs {task.width} positions with the '
                         f'answer, and the model has {cfg.block_size}: shorten it, {stretch}or '
                         'train a model with a longer --block_size')
 
 
 def main():
     cfg, given = parse_config(FinetuneConfig, PRESETS, doc=__doc__)
-    if cfg.init_from == FinetuneConfig.init_from and not Path(cfg.init_from).exists():
-        raise UserError(f'there is no {cfg.init_from} yet: make it with  python train.py  (2 '
-                        'minutes), name a checkpoint, or say --init_from=scratch')
+    if is_gpt2(cfg.init_from) and 'preset' not in given:
+        cfg = replace(cfg, preset='gpt2', **PRESETS['gpt2'] | given)
     if not cfg.out_dir:
-        start = cfg.init_from
-        if start in ('resume', 'auto'):
-            start = PRESETS[cfg.preset].get('init_from', FinetuneConfig.init_from)
-        path = Path(start).resolve()
-        origin = path.name  # of 'scratch', 'gpt2' or a folder
-        if path.suffix and not path.is_dir():
-            origin = path.parent.name
+        start = PRESETS[cfg.preset].get('init_from', FinetuneConfig.init_from)
+        path = Path(start if cfg.init_from == 'resume' else cfg.init_from)
+        origin = path.parent.name if path.suffix else path.name
         cfg = replace(cfg, out_dir=f'out/{origin}-{cfg.task}')
-    pre_training = 'dataset', 'meta_rate', 'meta_placement'
-    cfg, checkpoint, out_dir = open_run(cfg, given, MODEL_KEYS + pre_training,
-                                        PRESETS)
-    machine = Machine(cfg.device, cfg.dtype, many=True)
-    if checkpoint and given.get('tokenizer', checkpoint['tokenizer']) != checkpoint['tokenizer']:
-        raise UserError(f'--tokenizer={cfg.tokenizer}: the checkpoint has '
-                        f"{checkpoint['tokenizer']}, and that stays")
-    cfg = replace(cfg, tokenizer=checkpoint['tokenizer'] if checkpoint else cfg.tokenizer)
+    cfg, checkpoint = open_run(cfg, given, PRESETS, inherited=MODEL_KEYS)
+    machine = Machine(cfg.device, cfg.dtype)
+    if checkpoint and 'tokenizer' not in given:
+        cfg = replace(cfg, tokenizer=checkpoint['tokenizer'])
     tok = get_tokenizer(cfg.tokenizer)
-    check_markers(cfg)
     task = Recall(cfg, machine, tok)
-    check_width(cfg, task.width, checkpoint)
+    check(cfg, task, checkpoint)
     torch.manual_seed(cfg.seed)
-    model = make_model(cfg, checkpoint, tok).to(machine.device)
-    run_whole(Run(cfg, machine, model, task, out_dir, checkpoint))
+    model = make_model(cfg, tok, checkpoint, meta_every=0).to(machine.device)  # they are marks here
+    prompt, answer = task.held_out[0]
+    describe(cfg, machine, model,
+             f'task    {cfg.task}: prompts of up to {cfg.train_length} tokens ({tok.name}), for '
+             f"example\n{tok.decode(prompt + answer).replace(META, '·')}")
+    fit(cfg, machine, model, task, checkpoint)
+    some = task.held_out[::math.ceil(len(task.held_out) / 4)]
+    finish(cfg, machine, show_answers(model, some, tok),
+           ['python', 'evaluate.py', 'tasks', f'--ckpt={cfg.out_dir}/best.pt'])
 
 
 if __name__ == '__main__':

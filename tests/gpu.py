@@ -1,13 +1,13 @@
 """
-What only a GPU can tell, in order of worth. Each step is a command line under a limit of seconds.
-Its output is kept as it comes, so that nothing is lost when the time runs out.
+What only a GPU can tell, in order of worth, in nine minutes.
 
-    python tests/gpu.py                               # all of it, up to 37 minutes
-    python tests/gpu.py --parts=works,costs --out=DIR
-    python tests/gpu.py --tiny=True                   # a dry run: tiny models, on a CPU
+    python tests/gpu.py --nanogpt=../nanoGPT --out=$OUT
+    python tests/gpu.py --tiny=True                # a dry run: tiny models, on a CPU
 
-It needs data/c4_like (from prepare.py, in GPT-2's tokens), tiktoken's files where the variable
-TIKTOKEN_CACHE_DIR says, and with --nanogpt=DIR a clone of nanoGPT to be compared with.
+It needs data/c4_like (from prepare.py, in GPT-2's tokens), data/stdlib, and tiktoken's files where
+TIKTOKEN_CACHE_DIR says. The chains of a group run side by side, timings alone. Each command has a
+limit of seconds. A line is printed as each ends, and the ends of all outputs at the close. --out
+gets summary.txt and outputs.txt, which are whole whenever the time runs out.
 """
 import os
 import shutil
@@ -15,119 +15,142 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # the scripts are in the root
-from prepare import UserError, parse_config, run_script
-
-PARTS = 'works', 'costs', 'finds', 'suite'
+from prepare import UserError, parse_config, positive, run_script  # noqa: E402
 
 
 @dataclass
 class GpuConfig:
-    parts: str = ','.join(PARTS)  # which, in their order
-    out: str = 'out/gpu'         # a file for each part goes there, and summary.txt
-    runs: str = 'out/gpu-runs'   # trainings and their checkpoints
-    data: str = 'c4_like'        # data/DATA
-    nanogpt: str = ''            # the folder of a nanoGPT checkout, for `costs`
+    out: str = 'out/gpu'         # summary.txt and outputs.txt go there
+    runs: str = 'out/gpu-runs'   # trainings and their checkpoints; what is there is replaced
+    data: str = 'c4_like'        # data/DATA, in GPT-2's tokens
+    nanogpt: str = ''            # the folder of a nanoGPT checkout, to be compared with
+    minutes: positive = 9        # then all is stopped
     tiny: bool = False           # a dry run on a CPU
 
 
-class Step(NamedTuple):
-    part: str
-    seconds: int   # after which it is stopped
-    command: str   # of python
-
-
-def steps_of(cfg):
-    model, n, suite = '', 1, "-k 'not parquet and not hub'"  # these need `datasets`
+def groups_of(cfg):
+    """[[chain, ...], ...]: a chain is a list of (seconds, command), each after the one before."""
+    n, small, cpu = 1, '', ''
     if cfg.tiny:
-        model = ' --n_layer=1 --n_embd=32 --n_head=2 --block_size=160 --batch_size=2 --device=cpu'
-        n, suite = 100, 'tests/test_model.py -k causal'  # n times fewer steps
+        n, cpu = 200, ' --device=cpu'  # so many times fewer steps
+        small = ' --n_layer=1 --n_embd=32 --n_head=2 --block_size=160 --batch_size=2' + cpu
 
     def train(name, steps, more=''):
         steps = max(steps // n, 2)
-        return (f'train.py --preset=paper --dataset={cfg.data} --out_dir={cfg.runs}/{name}{model} '
+        return (f'train.py --preset=paper --dataset={cfg.data} --out_dir={cfg.runs}/{name}{small} '
                 f'--overwrite=True --gradient_accumulation_steps=1 --eval_iters=5 '
                 f'--eval_interval={steps} --max_iters={steps} --lr_decay_iters={steps} '
-                f'--warmup_iters={steps // 10} {more}')
+                f'--warmup_iters={steps // 10} --log_interval={max(steps // 5, 1)} {more}')
 
-    def teach(name, steps):
-        steps = max(steps // n, 5)
-        device = ' --device=cpu' if cfg.tiny else ''
-        return (f'finetune.py --init_from={cfg.runs}/{name}/best.pt --train_length=128 '
-                f'--batch_size=64 --max_iters={steps} --phase_iters={max(steps // 6, 1)}{device} '
-                f'--learning_rate=1e-4 --min_lr=1e-5 --eval_interval={steps} --compile=False '
-                f'--overwrite=True --out_dir={cfg.runs}/{name}-list_recall')
+    def teach(start, steps, more):
+        return (f'finetune.py --init_from={cfg.runs}/{start}/best.pt --overwrite=True{cpu} '
+                f'--out_dir={cfg.runs}/{start}-list_recall --max_iters={max(steps // n, 5)} '
+                f'--eval_interval={max(steps // n // 10, 1)} {more}')
 
-    def grade(name):
-        return (f'evaluate.py tasks --ckpt={cfg.runs}/{name}-list_recall/best.pt '
-                f'--lengths=64,128,256 --n_examples={max(500 // n, 5)}')
+    def grade(name, lengths):
+        return (f'evaluate.py tasks --ckpt={cfg.runs}/{name}-list_recall/best.pt{cpu} '
+                f'--lengths={lengths} --n_examples={max(500 // n, 5)}')
 
-    yield Step('works', 180, train('paper', 200))
-    yield Step('works', 60, f'train.py --init_from=resume --out_dir={cfg.runs}/paper '
-                            f'--max_iters={max(220 // n, 4)}')
-    yield Step('works', 90, teach('paper', 60))
-    yield Step('works', 30, grade('paper'))
-    yield Step('works', 30, f'evaluate.py sample --ckpt={cfg.runs}/paper/best.pt --show_meta=True')
-    if not cfg.tiny:  # a CPU knows no float16 with a GradScaler
-        yield Step('works', 90, train('float16', 20, '--dtype=float16'))
-    launcher = '-m torch.distributed.run --standalone --nproc_per_node=1 '
-    yield Step('works', 90, launcher + train('torchrun', 20))
-
+    paper, tiny = f'{cfg.runs}/paper', f'{cfg.runs}/tiny'
     beside = f' --nanogpt={cfg.nanogpt}' if cfg.nanogpt else ''
-    speed = f'tests/speed.py --runs={5 if cfg.tiny else 30}{beside}{model}'
-    yield Step('costs', 300, f'{speed} --models=plain,gather')
-    prompts = '16,64' if cfg.tiny else '16,960'
-    yield Step('costs', 120, f'{speed} --mode=generate --prompts={prompts}')
+    speed = f'tests/speed.py --runs={3 if cfg.tiny else 20}{small}'
+    bottlenecks = '--n_train=50 --n_test=20 --n_steps=9' if cfg.tiny else '--n_seeds=1'
+    batches = (2,) if cfg.tiny else (12, 24, 48)
+    yield [[  # does it work?
+        (150, train('paper', 100)),
+        (60, f'train.py --init_from=resume --out_dir={paper} --max_iters={max(110 // n, 3)}'),
+        (60, f'evaluate.py sample --ckpt={paper}/best.pt --show_meta=True{cpu}'),
+        (90, teach('paper', 60, '--train_length=128 --learning_rate=1e-4 --min_lr=1e-5')),
+        (60, grade('paper', '64,128'))],
+        [(120, '-m torch.distributed.run --standalone --nproc_per_node=1 ' + train('one', 20))],
+        [] if cfg.tiny else [(120, train('float16', 20, '--dtype=float16'))]]
+    for batch in batches:  # what does it cost?
+        which = 'plain,meta' + (beside if batch == batches[0] else '')
+        yield [[(120, f'{speed} --models={which} --batch_size={batch}')]]
+    prompts = '16,64' if cfg.tiny else '16,900'
+    yield [[(90, f'{speed} --mode=generate --models=plain,meta --prompts={prompts}')]]
+    short = f'--max_iters={1700 // n} --overwrite=True{cpu}'
+    yield [[(120, f'train.py --out_dir={tiny} {short}'),
+            (90, teach('tiny', 200, '')),
+            (60, grade('tiny', '64,128')),
+            *[(60, f'evaluate.py {measure} --ckpt={tiny}/best.pt{cpu}')
+              for measure in ('perplexity', 'sharpening', 'caching', 'theory')],
+            *[(60, f'evaluate.py {measure} --ckpt={tiny}-list_recall/best.pt{cpu} {few}')
+              for measure, few in (('attention', ''), ('rate_distortion', bottlenecks))]]]
+    models = {'meta': '', 'pause': '--meta_attn=False', 'gpt2': '--meta_rate=0 --meta_attn=False',
+              'same-size': '--meta_rate=0 --meta_attn=False --n_layer=4'}
+    if cfg.tiny:
+        models = {'meta': ''}
+    yield [[(200, f'train.py --out_dir={cfg.runs}/{name}-{seed} --seed={seed} {short} {more}'),
+            (300, teach(f'{name}-{seed}', 5000, f'--seed={seed}')),
+            (60, grade(f'{name}-{seed}', '64,96,128,192'))]
+           for seed in (1337, 1338)[:1 if cfg.tiny else 2] for name, more in models.items()]
 
-    for name, more in (('meta', ''), ('pause', '--meta_attn=False'),
-                       ('gpt2', '--meta_rate=0 --meta_attn=False')):
-        yield Step('finds', 150, train(name, 1000, more))
-        yield Step('finds', 120, teach(name, 600))
-        yield Step('finds', 60, grade(name))
 
-    yield Step('suite', 240, f'-m pytest -q {suite}')
+class Bench:
+    """Runs commands until the time is up, and leaves none running."""
 
+    def __init__(self, cfg):
+        self.end, self.running, self.failed = time.time() + 60 * cfg.minutes, set(), 0
+        self.out = Path(cfg.out)
+        self.out.mkdir(parents=True, exist_ok=True)
+        for name in 'summary.txt', 'outputs.txt':
+            (self.out / name).write_text('')
 
-def run(step, out):
-    """Runs a step. Its output is added to its part's file, a line of it to the summary."""
-    start, path = time.time(), out / f'{step.part}.txt'
-    with path.open('a') as file:
-        file.write(f'\n$ python {step.command}\n')
-        file.flush()
-        process = subprocess.Popen(f'{sys.executable} {step.command}', shell=True, cwd=ROOT,
-                                   stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
-                                   env=os.environ | {'TORCH_LOGS': 'recompiles'})
-        try:
-            code = process.wait(step.seconds)
-        except subprocess.TimeoutExpired:
-            code = f'stopped after {step.seconds} s'
-            os.killpg(process.pid, signal.SIGKILL)  # its own processes too: they hold the GPU
-            process.wait()
-    said = path.read_text().split(f'$ python {step.command}\n')[-1]
-    line = (f'{step.part:6} exit {code}, {time.time() - start:.0f} s, '
-            f'{said.count("Recompiling")} recompilations: python {step.command}\n')
-    print(line, end='', flush=True)
-    with (out / 'summary.txt').open('a') as file:
-        file.write(line)
-    return code
+    def run_chain(self, chain):
+        """Each command after the one before, unless that failed."""
+        for limit, command in chain:
+            limit, start = min(limit, self.end - time.time()), time.time()
+            if limit < 1:
+                return
+            # `timeout` ends it even where this process was killed.
+            words = ['timeout', '--kill-after=15', f'{limit:.0f}', sys.executable, *command.split()]
+            process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True,
+                                       stderr=subprocess.STDOUT, start_new_session=True)
+            self.running.add(process)
+            output, _ = process.communicate()
+            self.running.discard(process)
+            line = f'exit {process.returncode}, {time.time() - start:.0f} s: python {command}'
+            print(line, flush=True)
+            for name, text in ('summary.txt', line), ('outputs.txt', f'{line}\n{output}'):
+                with open(self.out / name, 'a') as file:
+                    file.write(text + '\n')
+            if process.returncode:
+                self.failed += 1
+                return
+
+    def stop(self):
+        """Asks first: torchrun ends its own processes, which are in other groups."""
+        for number, patience in (signal.SIGTERM, 15), (signal.SIGKILL, 0):
+            for process in list(self.running):
+                os.killpg(process.pid, number)
+            end = time.time() + patience
+            while self.running and time.time() < end:
+                time.sleep(0.1)
 
 
 def main():
     cfg, _ = parse_config(GpuConfig, doc=__doc__)
-    parts, out = cfg.parts.split(','), Path(cfg.out)
-    if not set(parts) <= set(PARTS):
-        raise UserError(f"--parts={cfg.parts} must be of {', '.join(PARTS)}")
-    out.mkdir(parents=True, exist_ok=True)
-    codes = [run(step, out) for step in steps_of(cfg) if step.part in parts]
-    for path in (ROOT / 'out/eval').glob('*'):  # what speed.py wrote
-        shutil.copy(path, out)
-    if any(codes):
-        raise UserError(f'{sum(map(bool, codes))} of {len(codes)} steps failed: see {out}')
+    shutil.rmtree(cfg.runs, ignore_errors=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    bench = Bench(cfg)
+    with ThreadPoolExecutor(8) as pool:
+        try:
+            for group in groups_of(cfg):
+                list(pool.map(bench.run_chain, group))
+        finally:
+            bench.end = 0
+            bench.stop()
+    for text in (bench.out / 'outputs.txt').read_text().split('\nexit '):
+        print('-' * 80, *text.splitlines()[:1], *text.splitlines()[1:][-8:], sep='\n')
+    if bench.failed:
+        raise UserError(f'{bench.failed} commands failed: see {bench.out}')
 
 
 if __name__ == '__main__':
