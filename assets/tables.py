@@ -127,7 +127,8 @@ def verdict(interval, small=SMALL):
 def seeds_needed(differences):
     """For a 95% interval that leaves out 0, were mean and spread as they are."""
     spread, mean = differences.std(ddof=1), abs(differences.mean())
-    return math.ceil((2 * spread / mean) ** 2) + 1 if mean else math.inf
+    wanted = math.ceil((2 * spread / mean) ** 2) + 1 if mean else math.inf
+    return max(wanted, len(differences) + 1)
 
 # ------------------------------------------------------------------------------
 # Tables
