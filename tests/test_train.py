@@ -448,3 +448,9 @@ def test_printable(text, shown):
     ids = tok.encode_ordinary(text)
     assert train.printable(tok, ids) == shown
     assert train.printable(tok, [257, *ids, 256, 97], meta='·') == '·' + shown  # up to end-of-text
+
+
+def test_a_rate_that_puts_in_no_meta_token_makes_none_in_generation(inside, toy):
+    inside('train.py', *SMALL, '--max_iters=1', '--meta_rate=1e-320', '--meta_attn=False',
+           '--out_dir=out/a')
+    assert checkpoint('out/a')['model_args']['meta_every'] == 0
