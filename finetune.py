@@ -73,7 +73,7 @@ def parity(size, length, rng, items):
 
 def copying(size, length, rng, items):
     """The span in brackets, which are marked. It has up to the square root of length items."""
-    words = rng.choice(items, max(size, 2)).tolist()
+    words = [items[i] for i in rng.integers(len(items), size=max(size, 2))]
     n = rng.integers(1, min(round(length ** 0.5), len(words) - 1) + 1)
     start = rng.integers(1, len(words) - n + 1)
     span = ' '.join(words[start:start + n])
@@ -90,7 +90,7 @@ def draw_lists(size, length, rng, items):
     k = max(k, math.ceil(size / 26))
     n_lists = max(size // k, 1)
     names = [ascii_uppercase[i] for i in rng.permutation(26)[:n_lists]]
-    words = rng.choice(items, n_lists * k).tolist()
+    words = [items[i] for i in rng.integers(len(items), size=n_lists * k)]
     return names, split(words, k)
 
 

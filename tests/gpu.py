@@ -62,27 +62,27 @@ def groups_of(cfg):
     speed = f'tests/speed.py --runs={3 if cfg.tiny else 20}{small}'
     bottlenecks = '--n_train=50 --n_test=20 --n_steps=9' if cfg.tiny else '--n_seeds=1'
     batches = (2,) if cfg.tiny else (12, 24, 48)
-    yield [[  # does it work?
-        (150, train('paper', 100)),
-        (60, f'train.py --init_from=resume --out_dir={paper} --max_iters={max(110 // n, 3)}'),
-        (60, f'evaluate.py sample --ckpt={paper}/best.pt --show_meta=True{cpu}'),
-        (90, teach('paper', 60, '--train_length=128 --learning_rate=1e-4 --min_lr=1e-5')),
-        (60, grade('paper', '64,128'))],
-        [(120, '-m torch.distributed.run --standalone --nproc_per_node=1 ' + train('one', 20))],
-        [] if cfg.tiny else [(120, train('float16', 20, '--dtype=float16'))]]
+    short = f'--max_iters={1700 // n} --overwrite=True{cpu}'
+    yield [  # does it work?
+        [(150, train('paper', 100)),
+         (60, f'train.py --init_from=resume --out_dir={paper} --max_iters={max(110 // n, 3)}')],
+        [(150, f'train.py --out_dir={tiny} {short}'), (120, teach('tiny', 200, ''))],
+        [(150, '-m torch.distributed.run --standalone --nproc_per_node=1 ' + train('one', 20))],
+        [] if cfg.tiny else [(150, train('float16', 20, '--dtype=float16'))]]
+    yield [
+        [(90, f'evaluate.py sample --ckpt={paper}/best.pt --show_meta=True{cpu}')],
+        [(120, teach('paper', 60, '--train_length=128 --learning_rate=1e-4 --min_lr=1e-5')),
+         (60, grade('paper', '64,128'))],
+        [(90, grade('tiny', '64,128'))],
+        *[[(90, f'evaluate.py {measure} --ckpt={tiny}/best.pt{cpu}')]
+          for measure in ('perplexity', 'sharpening', 'caching', 'theory')],
+        *[[(90, f'evaluate.py {measure} --ckpt={tiny}-list_recall/best.pt{cpu} {few}')]
+          for measure, few in (('attention', ''), ('rate_distortion', bottlenecks))]]
     for batch in batches:  # what does it cost?
         which = 'plain,meta' + (beside if batch == batches[0] else '')
         yield [[(120, f'{speed} --models={which} --batch_size={batch}')]]
     prompts = '16,64' if cfg.tiny else '16,900'
     yield [[(90, f'{speed} --mode=generate --models=plain,meta --prompts={prompts}')]]
-    short = f'--max_iters={1700 // n} --overwrite=True{cpu}'
-    yield [[(120, f'train.py --out_dir={tiny} {short}'),
-            (90, teach('tiny', 200, '')),
-            (60, grade('tiny', '64,128')),
-            *[(60, f'evaluate.py {measure} --ckpt={tiny}/best.pt{cpu}')
-              for measure in ('perplexity', 'sharpening', 'caching', 'theory')],
-            *[(60, f'evaluate.py {measure} --ckpt={tiny}-list_recall/best.pt{cpu} {few}')
-              for measure, few in (('attention', ''), ('rate_distortion', bottlenecks))]]]
     models = {'meta': '', 'pause': '--meta_attn=False', 'gpt2': '--meta_rate=0 --meta_attn=False',
               'same-size': '--meta_rate=0 --meta_attn=False --n_layer=4'}
     if cfg.tiny:
@@ -140,7 +140,7 @@ def main():
     shutil.rmtree(cfg.runs, ignore_errors=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     bench = Bench(cfg)
-    with ThreadPoolExecutor(8) as pool:
+    with ThreadPoolExecutor(16) as pool:
         try:
             for group in groups_of(cfg):
                 list(pool.map(bench.run_chain, group))

@@ -68,7 +68,7 @@ def test_gpu_dry_run(tmp_path):
     out, _ = process.communicate(timeout=300)
     lines = (tmp_path / 'out/gpu/summary.txt').read_text().splitlines()
     steps = [step for chain in next(gpu.groups_of(gpu.GpuConfig(tiny=True))) for step in chain]
-    assert process.returncode == 0 and len(lines) == len(steps) == 6
+    assert process.returncode == 0 and len(lines) == len(steps) == 5
     assert all(line.startswith('exit 0') and line in out for line in lines)
 
 
