@@ -33,7 +33,7 @@ from finetune import TASKS, collate, examples, grade, to_ids, width_for
 from model import GPT
 from prepare import (META, Blocks, UserError, encode, get_tokenizer, inject_meta_tokens, load_data,
                      local_files, meta_count, parse_config, positive, read_file, run_script,
-                     token_bytes, whole)
+                     token_bytes)
 from train import (Machine, encode_prompt, load_checkpoint, new_gpt, printable, save_picture,
                    text_room)
 
@@ -187,7 +187,7 @@ def tasks(cfg, machine, models):
         markers = m.trained['markers'] if m.trained.get('task') == task else 'task'
         prompts = held_out(task, length, cfg.n_examples, m.tok, markers)
         answers = Counter(tuple(answer) for _, answer in prompts)
-        guess = max(answers.values()) / len(prompts)            # the best answer to all of them
+        guess = max(answers.values()) / len(prompts)            # what the commonest answer scores
         for words, zero_meta in ZEROED.items():
             right, hits, asked, _ = grade(m.model, prompts, width, m.tok, machine, zero_meta)
             # Intervals are over prompts: the tokens of one answer go together.

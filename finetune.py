@@ -220,7 +220,7 @@ PRESETS = {
                   gradient_accumulation_steps=4, learning_rate=1e-4, min_lr=1e-5),
 }  # paper: 90k examples, once; the paper does not give its rate
 PRESETS['gpt2'] = PRESETS['paper'] | dict(init_from='gpt2')
-PHASE = 0.15  # of the run: each of the curriculum's first four phases. The fifth is the rest.
+PHASE = 150  # steps of each of the curriculum's first four phases, or 15% of a shorter run
 
 # ------------------------------------------------------------------------------
 # Batches, grading, and what is learned
@@ -294,7 +294,8 @@ class Recall:
         cfg, level = self.cfg, 4
         if cfg.curriculum:
             step = i // cfg.gradient_accumulation_steps
-            phase = min(step // max(round(PHASE * cfg.max_iters), 1) + 1, 5)
+            n_steps = min(PHASE, max(round(0.15 * cfg.max_iters), 1))
+            phase = min(step // n_steps + 1, 5)
             level = int(np.random.default_rng([cfg.seed, step]).integers(phase))
         length, rows = phase_lengths(cfg.task, cfg.train_length)[level], []
         for n in range(i * cfg.batch_size, (i + 1) * cfg.batch_size):

@@ -64,10 +64,10 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x, rope, is_meta, n_meta, cache=None):
+    def forward(self, x, rope, is_meta, meta_at, cache=None):
         x = x + self.attn(self.ln_1(x), rope, cache)
         if self.config.meta_attn:  # the idea
-            x = add_meta_attention(self, x, rope, is_meta, n_meta, cache)
+            x = add_meta_attention(self, x, rope, is_meta, meta_at, cache)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -107,7 +107,7 @@ def masked_meta_attention(block, x, rope, is_meta):
     The paper's formula (section 3): softmax((Q K^T / sqrt(head_dim) + causal) + P) V, where P[i, j]
     is 0 if i and j are both meta-tokens, else -inf. x (B, T, C), is_meta (B, T). Returns x with
     that added. A position that may attend to nothing, as all text here, gets nothing. (The paper is
-    silent about it.) The tests hold `add_meta_attention` equal to this.
+    silent about it.) What runs is `add_meta_attention`. The tests hold it equal to this.
     """
     q, k, v = block.meta_attn.qkv(block.ln_meta(x), rope)      # (B, n_head, T, head_dim)
     both_meta = is_meta[:, :, None] & is_meta[:, None, :]      # (B, T, T)
@@ -119,17 +119,16 @@ def masked_meta_attention(block, x, rope, is_meta):
     return x + y * allowed.any(dim=-1, keepdim=True)           # text: without c_proj's bias too
 
 
-def add_meta_attention(block, x, rope, is_meta, n_meta, cache=None):
+def add_meta_attention(block, x, rope, is_meta, meta_at, cache=None):
     """
-    The same, as it runs. Text gets nothing. Its weights are exp(-inf) = 0, so it gives nothing.
-    We gather the meta-tokens of each row, and run causal attention on these n_meta = M alone. Text
-    fills the last slots of a row with fewer. There the causal mask hides it from the meta-tokens.
-    What it gets is dropped.
+    The same, as it runs. Text gets nothing, and as a key its weight is exp(-inf) = 0. So we gather
+    the meta-tokens of each row, at meta_at (B, M), and run causal attention on these alone. Text
+    fills the last slots of a row with fewer than M. There the causal mask hides it from the
+    meta-tokens. What it gets is dropped.
     """
-    if n_meta == 0:
+    if meta_at.shape[1] == 0:
         return x
-    order = is_meta.int().argsort(dim=1, descending=True, stable=True)  # meta-tokens come first
-    at = order[:, :n_meta, None]                               # (B, M, 1)
+    at = meta_at[..., None]                                    # (B, M, 1)
     rope = [angles.take_along_dim(at, dim=1) for angles in rope]        # (B, M, head_dim / 2) each
     y = block.meta_attn(block.ln_meta(x.take_along_dim(at, dim=1)), rope, cache)  # (B, M, C)
     y = y * is_meta[..., None].take_along_dim(at, dim=1)       # 0 where text fills a slot
@@ -217,7 +216,7 @@ class GPT(nn.Module):
             raise ValueError(f'{start + T} positions are needed, but learned positions (APE) end '
                              f'at block_size={c.block_size}')
         is_meta = idx == c.meta_id                             # (B, T)
-        n_meta = count_meta_tokens(is_meta, n_meta) if c.meta_attn else 0
+        meta_at = find_meta_tokens(is_meta, n_meta) if c.meta_attn else None     # (B, M)
 
         x = self.transformer.wte(idx)                          # (B, T, C)
         if zero_meta == 'embedding':
@@ -233,7 +232,7 @@ class GPT(nn.Module):
 
         x = F.dropout(x, c.dropout, self.training)
         for block in self.transformer.h:
-            x = block(x, rope, is_meta, n_meta, cache)
+            x = block(x, rope, is_meta, meta_at, cache)
         return self.transformer.ln_f(x)
 
     @torch.no_grad()
@@ -276,16 +275,20 @@ def sample(logits, temperature=1.0, top_k=None, generator=None):
     return torch.multinomial(p, 1, generator=generator)
 
 
-def count_meta_tokens(is_meta, n_meta):
+def find_meta_tokens(is_meta, n_meta=None):
     """
-    The most meta-tokens that a row of is_meta (B, T) holds: n_meta, if it is given. A GPU would
-    wait for the count, so there n_meta is trusted. A CPU raises ValueError if a row holds more.
+    is_meta (B, T) -> (B, M): where each row's meta-tokens stand; [[0, 1, 0, 1]] -> [[1, 3]]. Text
+    follows in a row with fewer. M is n_meta, or the most that a row holds. A GPU would wait for
+    that count, so there n_meta is trusted. A CPU raises ValueError if a row holds more.
     """
     on_cpu = is_meta.device.type == 'cpu' and not torch.compiler.is_compiling()
-    counted = int(is_meta.sum(dim=1).max()) if on_cpu or n_meta is None else 0
-    if n_meta is not None and counted > n_meta:
-        raise ValueError(f'n_meta={n_meta}, but a row holds {counted} meta-tokens')
-    return counted if n_meta is None else n_meta
+    if on_cpu or n_meta is None:
+        most = int(is_meta.sum(dim=1).max())
+        n_meta = most if n_meta is None else n_meta
+        if most > n_meta:
+            raise ValueError(f'n_meta={n_meta}, but a row holds {most} meta-tokens')
+    order = is_meta.int().argsort(dim=1, descending=True, stable=True)  # meta-tokens come first
+    return order[:, :n_meta]
 
 # ------------------------------------------------------------------------------
 # Positions: RoPE, and YaRN to stretch it

@@ -29,8 +29,8 @@ def inject_meta_tokens(text, n_meta, meta_id, rng, placement='random'):
 
     text (B, W): token ids. Returns idx and targets, both (B, T) int64 with T = W - 1 + n_meta.
     The last token of a row of text is only a target. A target is the token that comes next, or
-    -1 if that is a meta-token. So a row predicts each of its text tokens once. (The first only
-    where a meta-token stands before it.)
+    -1 if that is a meta-token. So each text token of a row is predicted once, but for the one in
+    column 0.
     placement: 'random' draws n_meta of the T positions for each row, all equally likely, with
     rng, a numpy Generator. 'periodic' spaces them evenly. 'start' puts them first.
     """
@@ -47,7 +47,7 @@ def inject_meta_tokens(text, n_meta, meta_id, rng, placement='random'):
     tokens = np.full((B, T + 1), meta_id, dtype=np.int64)
     tokens[~is_meta] = text.ravel()                  # row by row: the text keeps its order
     targets = np.where(is_meta[:, 1:], -1, tokens[:, 1:])
-    return tokens[:, :-1].copy(), targets
+    return tokens[:, :-1], targets
 
 
 def meta_count(block_size, meta_rate):
@@ -417,9 +417,9 @@ def run_script(main):
 
 
 def whole(text):
-    """A whole number, also as 1e6 or 1_000_000."""
-    if float(text) % 1:
-        raise argparse.ArgumentTypeError(f'{text} is no whole number')
+    """0, 1, 2 and so on, also as 1e6 or 1_000_000."""
+    if float(text) % 1 or float(text) < 0:
+        raise argparse.ArgumentTypeError(f'{text} is none of 0, 1, 2, ...')
     return int(float(text))
 
 
@@ -449,7 +449,7 @@ def parse_config(cls, presets={}, argv=None, doc='', prog=None):
         choices = {bool: ('True', 'False')}.get(f.type, get_args(f.type))
         choices = tuple(presets) if f.name == 'preset' else choices
         kind = {int: whole, str: os.path.expanduser}.get(f.type, f.type)
-        words = comments[f.name].replace('%', '%%')
+        words = comments.get(f.name, '').replace('%', '%%')
         words += f" ({' | '.join(choices)})" if choices else ''
         parser.add_argument(f'--{f.name}', type=str if choices else kind, help=words,
                             choices=choices or None, metavar=repr(f.default),

@@ -14,7 +14,7 @@ positions, dropout. So a resumed run is the uninterrupted one: on a CPU bit for 
 """
 import csv, json, math, os, re, shlex, shutil, signal, sys, time, traceback
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal
@@ -77,7 +77,7 @@ class TrainConfig(RunConfig):
     dataset: str = 'stdlib'      # trains on data/DATASET; 'stdlib' is made when it is missing
     eval_iters: positive = 75    # validate on so many batches, always the same
     meta_rate: float = 0.1       # k, the share of meta-tokens in a row; 0 is plain GPT-2 data
-    meta_placement: Literal['random', 'periodic', 'start'] = 'random'  # where: drawn for each row
+    meta_placement: Literal['random', 'periodic', 'start'] = 'random'  # random: in each row anew
 
 
 PRESETS = {
@@ -91,8 +91,7 @@ PRESETS = {
     'gpt2': dict(init_from='gpt2', dataset='c4', max_iters=1000, eval_interval=100, batch_size=12,
                  gradient_accumulation_steps=40, learning_rate=1e-4, min_lr=1e-5, warmup_iters=100),
 }
-MODEL_KEYS = ('block_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias', 'pos', 'meta_attn',
-              'meta_pos', 'yarn_scale')
+MODEL_KEYS = [f.name for f in fields(GPTConfig) if hasattr(RunConfig, f.name)]
 
 # ------------------------------------------------------------------------------
 # One training step
@@ -103,7 +102,7 @@ def train_step(it, cfg, machine, model, net, optimizer, scaler, micro_batches):
 
     Every target of the step counts alike, whatever micro-batch and process it is in. net is the
     model, or DDP around it. Returns this process's part of the mean loss in nats, and the
-    gradient's norm: two tensors, so that nobody waits for a GPU here.
+    gradient's norm: two tensors, as to read a number is to wait for a GPU.
     """
     n_targets, = machine.sum(sum(count_targets(targets) for _, _, targets in micro_batches))
     loss_sum = torch.zeros((), device=machine.device)
@@ -250,7 +249,8 @@ def fit(cfg, machine, model, task, checkpoint=None):
         if is_due:
             started = time.perf_counter()
             found = task.evaluate(model)
-            row, clock = row | found, clock + time.perf_counter() - started
+            row |= found
+            clock += time.perf_counter() - started  # it is not a step's
             machine.say(f'iter {it:>6}/{cfg.max_iters}  {in_words(found)}')
         if row and machine.rank == 0:
             log.writerow(row | dict(iter=it, tokens=at['tokens']))
@@ -267,12 +267,13 @@ def fit(cfg, machine, model, task, checkpoint=None):
         loss, grad_norm = train_step(it, cfg, machine, model, net, optimizer, scaler, micro_batches)
         n_tokens = cfg.gradient_accumulation_steps * micro_batches[0][1].size
         micro_batches = own_micro_batches(it + 1, cfg, machine, task)  # while a GPU still computes
-        loss, stopping = machine.sum(loss.item(), len(signals))
+        loss, stopping = machine.sum(loss.item(), len(signals))  # of all processes
         grad_norm = grad_norm.item()
         if not math.isfinite(loss if scaler.is_enabled() else loss + grad_norm):
             raise UserError(f'step {it}: loss {loss}, gradient norm {grad_norm}; lower '
                             f'--learning_rate. The checkpoints in {cfg.out_dir} are good')
-        at['iter_num'], at['tokens'], row = it + 1, at['tokens'] + n_tokens, {}
+        row = {}
+        at |= dict(iter_num=it + 1, tokens=at['tokens'] + n_tokens)
         if at['iter_num'] % cfg.log_interval == 0:
             seconds = max(time.perf_counter() - clock, 1e-9) / cfg.log_interval
             clock = time.perf_counter()
@@ -678,7 +679,7 @@ def describe(cfg, machine, model, task):
 
 def write_samples(cfg, machine, model, tok):
     """Three new documents by the model, within its block."""
-    start = torch.full((3, 1), tok.eot_token, device=machine.device)
+    start = encode_prompt('', model, tok).expand(3, -1)
     generator = torch.Generator(machine.device).manual_seed(cfg.seed)
     n = min(300, text_room(model, start))
     with machine.autocast:

@@ -42,7 +42,7 @@ MODELS = {  # what a model differs in, in pre-training
     'rate-0.2': '--meta_rate=0.2',
     'hybrid': '--meta_pos=False',                  # meta-tokens without a position
 }
-FLAT = '--max_iters=5000 --eval_interval=250'      # until the curves of all models are flat
+FLAT = '--max_iters=3000 --eval_interval=100'      # until the curves of all models are flat
 
 
 class Experiment(NamedTuple):

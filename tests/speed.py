@@ -54,7 +54,7 @@ PEAK_FLOPS = {  # dense 16-bit, from NVIDIA's data sheets, by a part of the card
     'H100 80GB HBM3': 989e12, 'L40S': 362e12}
 
 
-def dense_meta_attention(block, x, rope, is_meta, n_meta, cache=None):
+def dense_meta_attention(block, x, rope, is_meta, meta_at, cache=None):
     return model.masked_meta_attention(block, x, rope, is_meta)
 
 

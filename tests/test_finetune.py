@@ -12,7 +12,7 @@ import torch
 
 import train
 from conftest import ROOT, SMALL_TASK, checkpoint, log
-from finetune import (PHASE, TASKS, WORDS, FinetuneConfig, Recall, examples, grade, make_example,
+from finetune import (TASKS, WORDS, FinetuneConfig, Recall, examples, grade, make_example,
                       phase_lengths, show_answers, width_for)
 from model import GPT, GPTConfig
 from prepare import META, UserError, get_tokenizer, meta_token
@@ -240,15 +240,15 @@ def test_training_examples_come_again():
 
 
 def test_the_curriculum_has_five_phases():
-    """In equal ratios. Each of the first four is 15% of the run, and keeps the lengths before."""
+    """In equal ratios. Each of the first four keeps the lengths before."""
     lengths = phase_lengths('list_recall', 64)
     assert lengths == [26, 33, 41, 51, 64] and phase_lengths('copying', 512)[-1] == 512
-    assert PHASE == 0.15
     widths = [width_for('list_recall', length) for length in lengths]
-    task = recall(max_iters=200, batch_size=1)
-    seen = [task.batch(step)[0].shape[1] for step in range(200)]
-    for phase, start in enumerate((0, 30, 60, 90, 120), start=1):
-        assert set(seen[start:start + 30]) == set(widths[:phase])
+    for max_iters, n_steps in (200, 30), (1000, 150), (5000, 150):
+        task = recall(max_iters=max_iters, batch_size=1)
+        for phase in 1, 2, 3, 4, 5:
+            steps = range((phase - 1) * n_steps, phase * n_steps)
+            assert {task.batch(i)[0].shape[1] for i in steps} == set(widths[:phase])
     at_once = recall(max_iters=200, batch_size=1, curriculum=False)
     assert {at_once.batch(step)[0].shape[1] for step in range(8)} == {widths[-1]}
 

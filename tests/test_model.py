@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch._dynamo.utils import counters
 
 from model import (GPT, QUICK_TO_PLAN, GPTConfig, Linear, add_meta_attention,
-                   masked_meta_attention, rope_angles, rope_frequencies, sample)
+                   find_meta_tokens, masked_meta_attention, rope_angles, rope_frequencies, sample)
 
 META = 257
 GPT2 = dict(meta_attn=False, pos='ape', bias=True, gelu='tanh')
@@ -67,7 +67,8 @@ def test_gathered_equals_dense(meta_at, with_rope, bias):
     rope = rope_angles(torch.arange(32).expand(5, 32), block.config) if with_rope else ()
     dense = masked_meta_attention(block, x, rope, is_meta)
     for n_meta in is_meta.sum(dim=1).max().item(), 32:         # as many as needed, or more
-        gathered = add_meta_attention(block, x, rope, is_meta, n_meta)
+        meta_at = find_meta_tokens(is_meta, n_meta)
+        gathered = add_meta_attention(block, x, rope, is_meta, meta_at)
         assert_same(gathered, dense, (x, *block.parameters()))
         for y in gathered, dense:
             assert torch.equal(y[~is_meta], x[~is_meta])

@@ -402,7 +402,7 @@ def test_folders_and_what_training_would_go_wrong_on(tokenizer, split, ids, said
 
 @pytest.mark.parametrize('line, expected', [  # what is given, or a part of the refusal
     ('', {}), ('--seed=1e6 --max_iters 1_000', {'seed': 10 ** 6, 'max_iters': 1000}),
-    ('--seed=-1 --seed 2.0', {'seed': 2}), ('--meta_rate=1', {'meta_rate': 1.0}),
+    ('--seed=1 --seed 2.0', {'seed': 2}), ('--meta_rate=1', {'meta_rate': 1.0}),
     ('--min_lr 1e-3 --overwrite=True', {'min_lr': 0.001, 'overwrite': True}),
     ('--overwrite False', {'overwrite': False}), ('--out_dir="a b"', {'out_dir': 'a b'}),
     ('--meta_placement start --out_dir=a=b', {'meta_placement': 'start', 'out_dir': 'a=b'}),
@@ -411,7 +411,8 @@ def test_folders_and_what_training_would_go_wrong_on(tokenizer, split, ids, said
     ('--sede=5', 'unknown setting --sede=5; did you mean --seed'), ('seed=5', 'mean --seed'),
     ('-seed=5', 'mean --seed'), ('--seed=3 --min_rl 3', 'mean --min_lr'), ('zzz', '-h lists'),
     ('--max_iter=3', 'mean --max_iters'), ('--seed=x', '--seed.*x'), ('--seed=.5', '--seed.*.5'),
-    ('--seed=', '--seed'), ('--min_lr=1,5', '--min_lr.*1,5'), ('--max_iters=0', '--max_iters.*0'),
+    ('--seed=-1', '--seed.*-1'), ('--seed=', '--seed'), ('--min_lr=1,5', '--min_lr.*1,5'),
+    ('--max_iters=0', '--max_iters.*0'),
     ('--meta_placement=end', '--meta_placement.*end.*random.*start'), ('--overwrite', '--over'),
     ('--overwrite=yes', '--overwrite.*yes.*True'), ('--preset=huge', '--preset.*huge.*tiny.*paper'),
     ('--seed', '--seed'), ('--out_dir --seed=3', '--out_dir')])
