@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 
 from finetune import TASKS, collate, examples, grade, to_ids, width_for
-from model import GPT
+from model import GPT, meta_mask
 from prepare import (META, Blocks, UserError, encode, get_tokenizer, inject_meta_tokens, load_data,
                      local_files, meta_count, parse_config, positive, read_file, run_script,
                      token_bytes)
@@ -410,11 +410,10 @@ def causal_logits(seen):
 @torch.no_grad()
 def meta_logits(seen):
     """The same of a block's meta-attention: -inf also where not both are meta-tokens."""
-    block, is_meta = seen.block, seen.is_meta
+    block = seen.block
     x = seen.x + block.attn(block.ln_1(seen.x), seen.rope)
-    both_meta = is_meta[:, None, :, None] & is_meta[:, None, None, :]   # (B, 1, T, T)
     logits = attention_logits(block.meta_attn, block.ln_meta(x), seen.rope)
-    return logits.masked_fill(~both_meta, -torch.inf)
+    return logits.masked_fill(~meta_mask(seen.is_meta)[:, None], -torch.inf)
 
 
 def attention(model, idx):

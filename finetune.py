@@ -205,7 +205,7 @@ class FinetuneConfig(RunConfig):
     batch_size: positive = 64    # examples of a micro-batch, on one device
     learning_rate: float = 2e-3  # at its peak
     # what is learned
-    task: Literal[tuple(TASKS)] = 'list_recall'  # which of the four
+    task: Literal[tuple(TASKS)] = 'list_recall'  # which of TASKS
     markers: Literal['task', 'random', 'none', 'end'] = 'task'  # end: the last, behind the question
     train_length: positive = 64  # the longest prompts, in tokens
     curriculum: bool = True      # five phases of growing prompts; False: train_length at once

@@ -102,6 +102,11 @@ class Attention(nn.Module):
         return self.dropout(self.c_proj(y.transpose(1, 2).flatten(2)))  # (B, n, C)
 
 
+def meta_mask(is_meta):
+    """is_meta (B, T) -> (B, T, T): which position may attend to which in meta-attention."""
+    return (is_meta[:, :, None] & is_meta[:, None, :]).tril()
+
+
 def masked_meta_attention(block, x, rope, is_meta):
     """
     The paper's formula (section 3): softmax((Q K^T / sqrt(head_dim) + causal) + P) V, where P[i, j]
@@ -110,8 +115,7 @@ def masked_meta_attention(block, x, rope, is_meta):
     silent about it.) What runs is `add_meta_attention`. The tests hold it equal to this.
     """
     q, k, v = block.meta_attn.qkv(block.ln_meta(x), rope)      # (B, n_head, T, head_dim)
-    both_meta = is_meta[:, :, None] & is_meta[:, None, :]      # (B, T, T)
-    allowed = both_meta.tril()                                 # (B, T, T)
+    allowed = meta_mask(is_meta)                               # (B, T, T)
     scores = q @ k.mT / math.sqrt(q.shape[-1])                 # (B, n_head, T, T)
     lowest = torch.finfo(scores.dtype).min                     # a row of -inf would become nan
     weights = scores.masked_fill(~allowed[:, None], lowest).softmax(dim=-1)
@@ -148,7 +152,7 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.gelu = nn.GELU(config.gelu)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):

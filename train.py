@@ -414,8 +414,9 @@ def open_run(cfg, given, presets, inherited):
     if cfg.init_from == 'resume':
         checkpoint = load_checkpoint(latest)
         old, done = checkpoint['config'], checkpoint['iter_num']
-        if old.keys() != asdict(cfg).keys():
-            raise UserError(f'{cfg.out_dir} holds a run of another script')
+        if other := old.keys() ^ asdict(cfg).keys():
+            raise UserError(f'{cfg.out_dir} holds a run of another script, or of older code: they '
+                            f"differ in the settings {', '.join(sorted(other))}")
         for key in given.keys() - MAY_CHANGE:
             if given[key] != old[key]:
                 raise UserError(f'--{key}={given[key]}: the run in {cfg.out_dir} has {old[key]}, '

@@ -7,7 +7,8 @@ What only a GPU can tell, in order of worth, in nine minutes.
 It needs data/c4_like (from prepare.py, in GPT-2's tokens), data/stdlib, and tiktoken's files where
 TIKTOKEN_CACHE_DIR says. The chains of a group run side by side, timings alone. Each command has a
 limit of seconds. A line is printed as each ends, and the ends of all outputs at the close. --out
-gets summary.txt and outputs.txt, which are whole whenever the time runs out.
+gets summary.txt and outputs.txt, which are whole whenever the time runs out. A line of an output
+begins with its second: so one sees when a first step was done.
 """
 import os
 import shutil
@@ -88,7 +89,7 @@ def groups_of(cfg):
     if cfg.tiny:
         models = {'meta': ''}
     yield [[(200, f'train.py --out_dir={cfg.runs}/{name}-{seed} --seed={seed} {short} {more}'),
-            (300, teach(f'{name}-{seed}', 5000, f'--seed={seed}')),
+            (300, teach(f'{name}-{seed}', 3000, f'--seed={seed}')),
             (60, grade(f'{name}-{seed}', '64,96,128,192'))]
            for seed in (1337, 1338)[:1 if cfg.tiny else 2] for name, more in models.items()]
 
@@ -114,7 +115,8 @@ class Bench:
             process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True,
                                        stderr=subprocess.STDOUT, start_new_session=True)
             self.running.add(process)
-            output, _ = process.communicate()
+            output = ''.join(f'{time.time() - start:5.1f} {line}' for line in process.stdout)
+            process.wait()
             self.running.discard(process)
             line = f'exit {process.returncode}, {time.time() - start:.0f} s: python {command}'
             print(line, flush=True)

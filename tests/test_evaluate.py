@@ -120,6 +120,9 @@ def test_every_command(inside, measure, monkeypatch, command, ckpt, args, stretc
     sizes = [(args['yarn_scale'], args['block_size']) for args in made]
     assert sizes == [(stretch, 32 * stretch)] * len(ckpt.split(','))
     assert '--yarn_scale' in inside('evaluate.py', command, '-h').out
+
+
+def test_every_command_has_a_case():
     assert {command for command, *_ in CASES} == evaluate.COMMANDS.keys()
 
 
