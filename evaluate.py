@@ -33,7 +33,7 @@ from finetune import TASKS, collate, examples, grade, to_ids, width_for
 from model import GPT, meta_mask
 from prepare import (META, Blocks, UserError, encode, get_tokenizer, inject_meta_tokens, load_data,
                      local_files, meta_count, parse_config, positive, read_file, run_script,
-                     token_bytes)
+                     token_bytes, whole)
 from train import (Machine, encode_prompt, load_checkpoint, new_gpt, printable, save_picture,
                    text_room)
 
@@ -177,7 +177,7 @@ def tasks(cfg, machine, models):
     """Exact match and token accuracy on held-out prompts, by prompt length."""
     from tqdm import tqdm
     own = models[0].trained.get('task', 'list_recall')
-    lengths = [int(length) for length in cfg.lengths.split(',')]
+    lengths = [whole(length) for length in cfg.lengths.split(',')]
     task, rows = own if cfg.task == 'own' else cfg.task, []
     for length, m in tqdm([*product(lengths, models)], unit=' models', leave=False):
         width, config = width_for(task, length), m.model.config
@@ -266,8 +266,12 @@ def read_documents(text, tok, max_tokens):
                             f'{tok.name}: name another text with --text=')
         documents = [data.val]
     else:
-        texts = [text for path in local_files(text) for text in read_file(path)]
-        documents = [encode(tok, text) for text in texts]
+        documents = []
+        for path in local_files(text):
+            try:
+                documents += [encode(tok, text) for text in read_file(path)]
+            except ValueError as error:
+                raise UserError(f'{path}: {error}')
     share, left = max(max_tokens // max(len(documents), 1), 1024), max_tokens
     if max_tokens:
         for n, ids in enumerate(documents):

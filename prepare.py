@@ -232,7 +232,7 @@ def read_file(path, column='text'):
         yield from read_rows(load_dataset('parquet', data_files=glob.escape(str(path)),
                                           split='train', batch_size=1000), column)
     else:  # not by `datasets`, which wants one type for each key in all lines
-        with (gzip.open if path.suffix == '.gz' else open)(path, 'rt', encoding='utf-8') as f:
+        with (gzip.open if path.suffix == '.gz' else open)(path, 'rt', encoding='utf-8-sig') as f:
             for n, line in enumerate(f, start=1):
                 try:
                     text = json.loads(line)[column] if line.strip() else ''
@@ -429,6 +429,18 @@ def positive(text):
     return whole(text)
 
 
+def number(text):
+    if not 0 <= float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f'{text} is no number from 0 on')
+    return float(text)
+
+
+def share(text):
+    if number(text) >= 1:
+        raise argparse.ArgumentTypeError(f'{text} is not below 1')
+    return number(text)
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(message)
@@ -448,7 +460,7 @@ def parse_config(cls, presets={}, argv=None, doc='', prog=None):
     for f in fields(cls):
         choices = {bool: ('True', 'False')}.get(f.type, get_args(f.type))
         choices = tuple(presets) if f.name == 'preset' else choices
-        kind = {int: whole, str: os.path.expanduser}.get(f.type, f.type)
+        kind = {int: whole, float: number, str: os.path.expanduser}.get(f.type, f.type)
         words = comments.get(f.name, '').replace('%', '%%')
         words += f" ({' | '.join(choices)})" if choices else ''
         parser.add_argument(f'--{f.name}', type=str if choices else kind, help=words,

@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from model import GPT, GPTConfig
 from prepare import (END_OF_TEXT, META, Blocks, PrepareConfig, UserError, encode, get_tokenizer,
                      load_data, meta_count, meta_token, parse_config, positive, prepare,
-                     run_script, said, token_bytes)
+                     run_script, said, share, token_bytes)
 
 
 @dataclass
@@ -50,7 +50,7 @@ class RunConfig:
     n_layer: positive = 3        # blocks
     n_head: positive = 4         # heads in each attention
     n_embd: positive = 128       # channels
-    dropout: float = 0.0         # in training only
+    dropout: share = 0.0         # in training only
     bias: bool = False           # in linear layers and layer norms
     pos: Literal['rope', 'ape', 'none'] = 'rope'  # positions: rotary, learned (GPT-2's), or none
     meta_attn: bool = True       # the second attention, among meta-tokens
@@ -62,8 +62,8 @@ class RunConfig:
     warmup_iters: int = 50       # steps of linear rise to the peak
     lr_decay_iters: int = 0      # steps until the end of the cosine; 0: max_iters
     weight_decay: float = 0.1    # on matrices only
-    beta1: float = 0.9           # AdamW's
-    beta2: float = 0.95          # AdamW's
+    beta1: share = 0.9           # AdamW's
+    beta2: share = 0.95          # AdamW's
     grad_clip: float = 1.0       # clip the gradient's norm there; 0: never
     # the machine
     device: str = 'auto'         # auto | cpu | cuda | cuda:1 | mps
@@ -239,7 +239,8 @@ def fit(cfg, machine, model, task, checkpoint=None):
         compile_blocks(model)
     net = wrap(machine, model, task)
     log = open_log(cfg, at['iter_num']) if machine.rank == 0 else None
-    signals, stopping, row, clock = catch_signals(), 0, {}, time.perf_counter()
+    signals, stopping, row = catch_signals(), 0, {}
+    clock, before = time.perf_counter(), dict(at)
     micro_batches = own_micro_batches(at['iter_num'], cfg, machine, task)
 
     while True:
@@ -254,6 +255,9 @@ def fit(cfg, machine, model, task, checkpoint=None):
             machine.say(f'iter {it:>6}/{cfg.max_iters}  {in_words(found)}')
         if row and machine.rank == 0:
             log.writerow(row | dict(iter=it, tokens=at['tokens']))
+        if not math.isfinite(row.get('val_loss', 0)):
+            raise UserError(f'step {it}: {in_words(row)}; lower --learning_rate. {cfg.out_dir} '
+                            'keeps the checkpoint before, if there was one')
         if it > 0 and (is_due or stopping):
             is_best = row.get('val_loss', math.inf) < at['best_val_loss']
             at['best_val_loss'] = row['val_loss'] if is_best else at['best_val_loss']
@@ -271,15 +275,16 @@ def fit(cfg, machine, model, task, checkpoint=None):
         grad_norm = grad_norm.item()
         if not math.isfinite(loss if scaler.is_enabled() else loss + grad_norm):
             raise UserError(f'step {it}: loss {loss}, gradient norm {grad_norm}; lower '
-                            f'--learning_rate. The checkpoints in {cfg.out_dir} are good')
+                            f'--learning_rate. {cfg.out_dir} keeps its checkpoint, if it has one')
         row = {}
         at |= dict(iter_num=it + 1, tokens=at['tokens'] + n_tokens)
         if at['iter_num'] % cfg.log_interval == 0:
-            seconds = max(time.perf_counter() - clock, 1e-9) / cfg.log_interval
-            clock = time.perf_counter()
+            seconds = max(time.perf_counter() - clock, 1e-9)
             row = dict(train_loss=loss, lr=learning_rate(it, cfg), grad_norm=grad_norm,
-                       tokens_per_s=round(n_tokens / seconds))
-            left = timedelta(seconds=int(seconds * (cfg.max_iters - at['iter_num'])))
+                       tokens_per_s=round((at['tokens'] - before['tokens']) / seconds))
+            a_step = seconds / (at['iter_num'] - before['iter_num'])
+            left = timedelta(seconds=int(a_step * (cfg.max_iters - at['iter_num'])))
+            clock, before = time.perf_counter(), dict(at)
             machine.say(f'iter {it + 1:>6}/{cfg.max_iters}  {in_words(row)}  {left} left')
 
 
@@ -330,14 +335,13 @@ def open_log(cfg, it):
     """
     folder, rows = Path(cfg.out_dir), []
     folder.mkdir(parents=True, exist_ok=True)
-    if it == 0:
-        if cfg.overwrite:
-            shutil.rmtree(folder / 'eval', ignore_errors=True)
-            for name in RUN_FILES:
-                (folder / name).unlink(missing_ok=True)
-        with open(folder / 'config.json', 'x') as f:
-            json.dump(asdict(cfg), f, indent=2)
-    elif (folder / 'log.csv').exists():
+    if it == 0 and cfg.overwrite:
+        shutil.rmtree(folder / 'eval', ignore_errors=True)
+        for name in RUN_FILES:
+            (folder / name).unlink(missing_ok=True)
+    with open(folder / 'config.json', 'w' if it else 'x') as f:
+        json.dump(asdict(cfg), f, indent=2)
+    if it and (folder / 'log.csv').exists():
         with open(folder / 'log.csv', newline='') as f:
             rows = [row for row in csv.DictReader(f)
                     if None not in row.values() and int(row['iter']) <= it]
@@ -421,10 +425,10 @@ def open_run(cfg, given, presets, inherited):
             if given[key] != old[key]:
                 raise UserError(f'--{key}={given[key]}: the run in {cfg.out_dir} has {old[key]}, '
                                 f'which stays; --init_from={latest} starts a new run from it')
-        cfg = replace(cfg, **old | given)
+        cfg = replace(cfg, **old | given | dict(out_dir=cfg.out_dir))
         if done > cfg.max_iters:
             raise UserError(f'--max_iters={cfg.max_iters}: {cfg.out_dir} has done {done} steps')
-        if done == cfg.max_iters:
+        if done == cfg.max_iters and Path(cfg.out_dir, 'sample.txt').exists():
             print(f'finished: its {done} steps are done; a larger --max_iters= goes on')
             raise SystemExit(0)
         return cfg, checkpoint
@@ -444,7 +448,12 @@ def resume_words(cfg):
 
 def is_gpt2(source):
     """Whether source names GPT-2's weights, or a folder of them."""
-    return str(source) in GPT2 or Path(source, 'config.json').exists()
+    return str(source) in GPT2 or has_weights(source)
+
+
+def has_weights(folder):
+    names = 'pytorch_model.bin', 'model.safetensors'
+    return any(Path(folder, name).exists() for name in names)
 
 
 def load_checkpoint(path):
@@ -455,9 +464,12 @@ def load_checkpoint(path):
         raise UserError(f"there is no checkpoint {path}: name a run's ckpt.pt or best.pt, or one "
                         f"of {', '.join(GPT2)}")
     try:
-        return torch.load(path, map_location='cpu', weights_only=True)
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:  # zip and pickle errors of every kind
         raise UserError(f'{path} is damaged, or no checkpoint ({type(error).__name__})')
+    if 'tokenizer' not in checkpoint:
+        raise UserError(f'{path} is a checkpoint of another program')
+    return checkpoint
 
 
 def new_gpt(model_args, weights=None):
@@ -466,7 +478,7 @@ def new_gpt(model_args, weights=None):
         model = GPT(GPTConfig(**model_args))
         if weights is not None:
             model.load_state_dict(weights)
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, TypeError, RuntimeError) as error:
         raise UserError(said(error))
     return model
 
@@ -539,6 +551,8 @@ def text_room(model, idx):
 
 def printable(tok, ids, meta=''):
     """Token ids as text, up to end-of-text. What would steer a terminal is shown as U+FFFD."""
+    if not meta:  # they may stand between the bytes of a letter
+        ids = [i for i in ids if i != meta_token(tok)]
     text, *_ = tok.decode(ids).replace(META, meta).replace('\r\n', '\n').split(END_OF_TEXT)
     return re.sub(r'[\x00-\x08\x0b\r\x0e-\x1f\x7f-\x9f]', '\ufffd', text)
 
@@ -559,7 +573,7 @@ def load_gpt2(source):
     """
     try:
         folder = source
-        if str(source) in GPT2:
+        if not has_weights(source):
             from huggingface_hub import snapshot_download  # which comes with datasets
             folder = snapshot_download(f'openai-community/{source}',
                                        allow_patterns=['config.json', 'pytorch_model.bin'])

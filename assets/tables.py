@@ -205,14 +205,14 @@ def steps(value):
 
 TABLES = {  # name: experiment, lines, columns, figure, form
     'steps': ('recall', ['model'], 'experiment', 'steps_to_90', steps),
-    'end': ('recall', ['model'], 'experiment', 'at_the_end', percent),
+    'last_step': ('recall', ['model'], 'experiment', 'at_the_end', percent),
     'recall': ('recall', ['model', 'meta_tokens'], 'length', 'exact_match', percent),
     'stretched': ('stretched', ['model', 'yarn_scale', 'trained', 'meta_tokens'], 'length',
                   'exact_match', percent),
     'marks': ('marks', ['model', 'meta_tokens'], 'marks', 'exact_match', percent),
+    'placement': ('placement', ['model', 'meta_tokens'], 'length', 'exact_match', percent),
     'copying': ('copying', ['model', 'meta_tokens'], 'length', 'exact_match', percent),
     'parity': ('parity', ['model', 'meta_tokens'], 'length', 'exact_match', percent),
-    'placement': ('placement', ['model', 'meta_tokens'], 'length', 'exact_match', percent),
     'sharpening': ('sharpening', ['reading', 'of', 'against', 'taught'], 'model', 'value', nats),
     'caching': ('caching', ['of', 'taught'], 'model', 'value', nats),
     'rate_distortion': ('rate_distortion', ['curve', 'against'], 'model', 'nats_at_equal_rate',

@@ -1,5 +1,6 @@
 """assets/: the arithmetic of claims, one experiment from its first run to its rows, the README."""
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -118,6 +119,12 @@ def write_letters(folder):
     for split in 'train', 'val':
         rng.integers(97, 105, 20_000).astype('<u2').tofile(folder / f'{split}.bin')
     (folder / 'data.json').write_text(json.dumps({'tokenizer': 'bytes'}))
+
+
+def test_every_table_has_its_place():
+    text = (ROOT / 'assets/RESULTS.md').read_text()
+    assert re.findall('<!-- (.*) -->', text)[::2] == ['claims', *tables.TABLES]
+    assert set(re.findall('<!-- (.*) -->', text)[1::2]) == {'end'}
 
 
 @pytest.mark.parametrize('name', ['README.md', 'assets/RESULTS.md'])

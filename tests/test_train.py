@@ -165,6 +165,9 @@ def test_resume_is_exact(inside, toy, best, extra):
     before = contents('out/parts')
     assert 'finished' in inside(*RESUME, '--out_dir=out/parts').out
     assert contents('out/parts') == before
+    shutil.copytree('out/parts', 'out/copied')
+    inside(*RESUME, *extra, '--out_dir=out/copied', '--max_iters=13')
+    assert contents('out/parts') == before and checkpoint('out/copied')['iter_num'] == 13
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(inside, refused, toy, monkeypatch):
@@ -195,6 +198,12 @@ def test_a_step_that_is_not_finite(inside, toy, monkeypatch, factor, dtype, code
     c = checkpoint('out/a')
     assert c['iter_num'] == done and all(w.isfinite().all() for w in c['model'].values())
     assert {int(s['step']) for s in c['optimizer']['state'].values()} == {moves}
+
+
+def test_what_follows_a_validation_that_is_not_finite_is_not_saved(refused, toy):
+    args = '--max_iters=99', '--eval_interval=1', '--warmup_iters=0', '--learning_rate=1e30'
+    assert 'val_loss nan' in refused('train.py', *SMALL, *args, '--out_dir=out/a')
+    assert not Path('out/a/ckpt.pt').exists()
 
 
 def script_that_steps(folder, in_each_step, then):
@@ -341,7 +350,7 @@ def odd_runs(trained_once, tmp_path_factory):
     shutil.copytree(folder / 'data/toy', folder / 'data/other')
     c = checkpoint(folder / 'out/tiny')
     odd = dict(evil=c | dict(evil=Evil()), elsewhere=c | dict(data={'source': 'elsewhere'}),
-               words=c | dict(tokenizer='gpt2'), cut=c)
+               words=c | dict(tokenizer='gpt2'), cut=c, other=c['model'])
     for name, state in odd.items():
         (folder / 'out' / name).mkdir()
         torch.save(state, folder / f'out/{name}/ckpt.pt')
@@ -363,6 +372,8 @@ STAYS = [(f'{OLD} --out_dir=out/tiny {change}', change + ': .*has .*out/tiny/ckp
     (f'{OLD} --out_dir=out/elsewhere', 'the data is not what .* trained on'),
     (f'{OLD} --out_dir=out/cut', 'out/cut/ckpt.pt is damaged'),
     (f'{OLD} --out_dir=out/evil', 'out/evil/ckpt.pt is damaged'),
+    (f'{NEW}out/tiny', "no checkpoint out/tiny: name a run's ckpt.pt or best.pt"),
+    (f'{NEW}out/other/ckpt.pt', 'checkpoint of another program'),
     (f'{NEW}out/tiny/ckpt.pt --n_layer=3', 'n_layer=3: .* has 2'),
     (f'{NEW}out/words/ckpt.pt', 'bytes .* those of gpt2: .*--dataset='),
     (f'{FRESH} --out_dir=out/tiny',
@@ -448,6 +459,8 @@ def test_printable(text, shown):
     ids = tok.encode_ordinary(text)
     assert train.printable(tok, ids) == shown
     assert train.printable(tok, [257, *ids, 256, 97], meta='·') == '·' + shown  # up to end-of-text
+    between = [i for byte in ids for i in (byte, 257)]
+    assert train.printable(tok, between) == shown
 
 
 def test_a_rate_that_puts_in_no_meta_token_makes_none_in_generation(inside, toy):
