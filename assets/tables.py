@@ -146,13 +146,15 @@ def in_unit(reading, value):
 
 
 def draw_verdicts(rows):
-    """A line for each claim, and its verdict by reading."""
+    """A line for each claim of which something was run, and its verdict by reading."""
     lines = []
     for text, command, readings in CLAIMS:
         by_word = defaultdict(list)
         for reading in readings:
             _, interval = compare(rows, reading)
             by_word[verdict(interval, reading.small)].append(reading.words)
+        if by_word.keys() == {'not run'}:
+            continue
         words = [f"**{word}** {', '.join(where)}" for word, where in by_word.items()]
         lines.append([text, f'`{command}`', '; '.join(words)])
     return markdown(['claim', 'evaluate.py', 'verdict'], lines)
