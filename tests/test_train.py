@@ -165,9 +165,13 @@ def test_resume_is_exact(inside, toy, best, extra):
     before = contents('out/parts')
     assert 'finished' in inside(*RESUME, '--out_dir=out/parts').out
     assert contents('out/parts') == before
-    shutil.copytree('out/parts', 'out/copied')
-    inside(*RESUME, *extra, '--out_dir=out/copied', '--max_iters=13')
-    assert contents('out/parts') == before and checkpoint('out/copied')['iter_num'] == 13
+
+
+def test_a_renamed_run_stays_in_its_folder(inside, toy):
+    inside('train.py', *SMALL, '--max_iters=2', '--out_dir=out/a')
+    os.rename('out/a', 'out/tiny')  # where a run is whose command names no folder
+    inside(*RESUME, '--max_iters=3')
+    assert not Path('out/a').exists() and checkpoint('out/tiny')['iter_num'] == 3
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(inside, refused, toy, monkeypatch):
