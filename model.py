@@ -82,11 +82,8 @@ class Attention(nn.Module):
 
     def forward(self, x, rope, cache=None):
         q, k, v = self.qkv(x, rope)
-        if cache is not None:  # {attention: the keys and values of all tokens so far}
-            if self in cache:
-                old_k, old_v = cache[self]
-                k, v = torch.cat((old_k, k), dim=2), torch.cat((old_v, v), dim=2)
-            cache[self] = k, v                     # (B, n_head, n_keys, head_dim) each
+        if cache is not None:
+            k, v = remember(cache, self, k, v)     # (B, n_head, n_keys, head_dim) each
         p = self.dropout.p if self.training else 0.0
         return self.project(causal_attention(q, k, v, p))
 
@@ -137,6 +134,20 @@ def add_meta_attention(block, x, rope, is_meta, meta_at, cache=None):
     y = block.meta_attn(block.ln_meta(x.take_along_dim(at, dim=1)), rope, cache)  # (B, M, C)
     y = y * is_meta[..., None].take_along_dim(at, dim=1)       # 0 where text fills a slot
     return x.scatter_add(1, at.expand_as(y), y.to(x.dtype))    # x[b, at[b]] + y[b]
+
+
+def remember(cache, attn, k, v):
+    """
+    The keys and values of new tokens, (B, n_head, n, head_dim) each -> those of all tokens so far.
+    cache: {attention: (room for both, how many tokens are in it)}. Full, the room is doubled.
+    """
+    room, start = cache.get(attn, (torch.stack((k, v)), 0))    # (2, B, n_head, size, head_dim)
+    end = start + k.shape[2]
+    if end > room.shape[3]:
+        room = F.pad(room, (0, 0, 0, end))
+    room[..., start:end, :] = torch.stack((k, v))
+    cache[attn] = room, end
+    return room[..., :end, :]
 
 
 def causal_attention(q, k, v, p):
@@ -215,7 +226,7 @@ class GPT(nn.Module):
         c, (B, T) = self.config, idx.shape
         if zero_meta not in (None, 'position', 'embedding'):
             raise ValueError(f"zero_meta={zero_meta!r} is none of None, 'position', 'embedding'")
-        start = cache[self.transformer.h[0].attn][0].shape[2] if cache else 0  # tokens before idx
+        start = cache[self.transformer.h[0].attn][1] if cache else 0  # tokens before idx
         if c.pos == 'ape' and start + T > c.block_size:
             raise ValueError(f'{start + T} positions are needed, but learned positions (APE) end '
                              f'at block_size={c.block_size}')
