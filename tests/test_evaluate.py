@@ -50,6 +50,7 @@ def runs_once(trained_once, tmp_path_factory):
     for name, text in ('short.txt', 'a'), ('a/test.txt', 'abcdefgh'), ('b/test.txt', 'hgfedcba'):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
+    (folder / 'latin.txt').write_bytes(b'caf\xe9')
     return folder
 
 
@@ -180,6 +181,7 @@ def test_matplotlibs_settings_do_not_matter(cli, runs):
     (['tasks', '--lengths=20'], 'take a length of 21 or more'),
     (['tasks', '--task=parity', '--lengths=20', '--n_examples=999'], 'or fewer examples'),
     (['perplexity', '--text=short.txt'], 'no text of two tokens'),
+    (['perplexity', '--text=latin.txt'], "latin.txt: 'utf-8' codec can't decode"),
     (['perplexity', f'--ckpt={TAUGHT}'], '--text=: say which text'),
     (['perplexity', '--block_size=1'], '--block_size=1'),
     (['perplexity', f'--ckpt={APE}', '--block_size=33'], 'ape has 2 to 32 positions'),
@@ -203,7 +205,6 @@ def test_refusals(refused, runs, monkeypatch, args, words):
     if 'BPE files could not' in message:
         pytest.skip(message)
     assert words in message
-
 
 
 @pytest.mark.parametrize('p, n, low, high', [
@@ -231,7 +232,7 @@ def test_tasks(measure, monkeypatch):
         return right, right * 3, np.full(len(rows), 4), None
 
     monkeypatch.setattr(evaluate, 'grade', graded)
-    args = '--lengths=24,40', '--task=parity', '--n_examples=20'
+    args = '--lengths=24,4e1', '--task=parity', '--n_examples=20'
     found, out, _ = measure('tasks', f'{TINY},{APE}', *args)
     assert 'ape: learned positions (APE) end before 40 tokens' in out
     rows = [(row['model'], row['length'], row['meta_tokens']) for row in found['rows']]

@@ -101,6 +101,12 @@ def test_safetensors(theirs):
     torch.testing.assert_close(train.load_gpt2('weights/gpt2')['model'], before, rtol=0, atol=0)
 
 
+def test_a_folder_of_weights_may_have_the_name_of_one_of_the_hub(theirs):
+    Path('weights/gpt2').rename('gpt2')
+    found = train.load_gpt2('gpt2')['model']['transformer.ln_f.weight']
+    assert torch.equal(found, theirs['ln_f.weight'])
+
+
 @pytest.mark.parametrize('change', [
     dict(activation_function='relu'), dict(scale_attn_by_inverse_layer_idx=True),
     dict(model_type='llama'), dict(layer_norm_epsilon=0.1)])

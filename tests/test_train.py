@@ -172,6 +172,7 @@ def test_a_renamed_run_stays_in_its_folder(inside, toy):
     os.rename('out/a', 'out/tiny')  # where a run is whose command names no folder
     inside(*RESUME, '--max_iters=3')
     assert not Path('out/a').exists() and checkpoint('out/tiny')['iter_num'] == 3
+    assert '"max_iters": 3' in Path('out/tiny/config.json').read_text()
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(inside, refused, toy, monkeypatch):
