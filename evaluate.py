@@ -849,7 +849,9 @@ def sample(cfg, machine, models):
     m = only(models)
     if cfg.meta_every >= 0:
         m.model.config.meta_every = cfg.meta_every
-    idx = encode_prompt(cfg.prompt, m.model, m.tok)
+    idx, size = encode_prompt(cfg.prompt, m.model, m.tok), m.model.config.block_size
+    if m.model.config.pos == 'ape' and idx.shape[1] > size:
+        raise UserError(f'--prompt= takes {idx.shape[1]} positions, learned ones end at {size}')
     generator = torch.Generator(machine.device).manual_seed(cfg.seed)
     for n in range(cfg.num_samples):
         with machine.autocast:
@@ -858,8 +860,8 @@ def sample(cfg, machine, models):
         ids = ids[1:] if ids[0] == m.tok.eot_token else ids
         text = printable(m.tok, ids.tolist(), '·' if cfg.show_meta else '')
         print('\n---\n' if n else '', text, sep='')
-    if len(ids) > m.model.config.block_size:
-        print(f'({len(ids)} positions: more than the {m.model.config.block_size} of its block)')
+    if len(ids) > size:
+        print(f'({len(ids)} positions: more than the {size} of its block)')
 
 
 COMMANDS = {

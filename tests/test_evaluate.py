@@ -197,6 +197,7 @@ def test_matplotlibs_settings_do_not_matter(cli, runs):
       for command in ('caching', 'sharpening') for name in ('start', 'plain', 'unmarked')),
     *((['rate_distortion', f'--ckpt=out/{name}/best.pt'], 'was not taught a task with meta-tokens')
       for name in ('tiny', 'unmarked')),
+    (['sample', f'--ckpt={APE}', f"--prompt={'a' * 30}"], '--prompt= takes 34 positions'),
     (['attention', f'--ckpt={APE}', '--length=50'], 'learned positions (APE) end at'),
 ])
 def test_refusals(refused, runs, monkeypatch, args, words):
