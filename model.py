@@ -141,11 +141,12 @@ def remember(cache, attn, k, v):
     The keys and values of new tokens, (B, n_head, n, head_dim) each -> those of all tokens so far.
     cache: {attention: (room for both, how many tokens are in it)}. Full, the room is doubled.
     """
-    room, start = cache.get(attn, (torch.stack((k, v)), 0))    # (2, B, n_head, size, head_dim)
+    new = torch.stack((k, v))                                  # (2, B, n_head, n, head_dim)
+    room, start = cache.get(attn, (new, 0))                    # (2, B, n_head, size, head_dim)
     end = start + k.shape[2]
     if end > room.shape[3]:
         room = F.pad(room, (0, 0, 0, end))
-    room[..., start:end, :] = torch.stack((k, v))
+    room[..., start:end, :] = new
     cache[attn] = room, end
     return room[..., :end, :]
 
