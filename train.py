@@ -496,7 +496,8 @@ def load_model(path):
 def make_model(cfg, tok, checkpoint, meta_every):
     """
     A new model, or the checkpoint's: with another dropout, a longer or stretched context, or with
-    meta-attention added, whose output matrix is zero. Raises UserError where more would differ.
+    meta-attention added, whose output matrix is zero. A meta-token that it never met is as new as
+    in a new model. Raises UserError where more would differ.
     """
     args = {key: getattr(cfg, key) for key in MODEL_KEYS}
     args |= dict(vocab_size=math.ceil(tok.n_vocab / 64) * 64, meta_id=meta_token(tok),
@@ -524,10 +525,16 @@ def make_model(cfg, tok, checkpoint, meta_every):
                             f"which end at {old['block_size']}")
         weights['transformer.wpe.weight'] = weights['transformer.wpe.weight'][:cfg.block_size]
     args = old | args
-    for name, w in new_gpt(args).state_dict().items():
+    new = new_gpt(args).state_dict()
+    for name, w in new.items():
         if '.meta_attn.c_proj.' in name:
             w.zero_()
         weights.setdefault(name, w)  # of a plain checkpoint, meta-attention is missing
+    if checkpoint['config'].get('meta_rate') == 0 and getattr(cfg, 'meta_rate', 1) > 0:
+        # The token never came, so pre-training pushed it far away from those that did.
+        wte = weights['lm_head.weight'].clone()
+        wte[args['meta_id']] = new['lm_head.weight'][args['meta_id']]
+        weights['transformer.wte.weight'] = weights['lm_head.weight'] = wte
     return new_gpt(args, weights)
 
 

@@ -108,6 +108,19 @@ def test_a_new_run_from_a_checkpoint(inside, trained, tmp_path):
     assert float(*first) < float(*log('out/tiny', 'val_loss')[0]) - 0.2  # it has learned before
 
 
+def test_a_meta_token_that_a_model_never_met_is_new(trained):
+    start, tok = checkpoint('out/tiny'), get_tokenizer('bytes')
+    old = start['model']['lm_head.weight']
+    for old_rate, rate, is_new in (0.1, 0.1, False), (0.0, 0.0, False), (0.0, 0.1, True):
+        start['config'] |= dict(meta_rate=old_rate)
+        cfg = train.TrainConfig(**start['config'] | dict(meta_rate=rate))
+        torch.manual_seed(0)
+        wte = train.make_model(cfg, tok, start, meta_every=9).lm_head.weight.detach()
+        changed = (wte != old).any(dim=1).nonzero().flatten().tolist()
+        assert changed == ([meta_token(tok)] if is_new else [])
+        assert not is_new or wte[257].std() == pytest.approx(0.02, rel=0.5)
+
+
 def test_a_picture_that_fails_and_a_clock_that_stands_still(inside, toy, monkeypatch):
     def savefig(*args, **kwargs):
         raise RuntimeError('no font\nat all')
