@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from train import save_picture  # noqa: E402
 
-T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t for so many seeds
+T_95 = {3: 4.303, 4: 3.182, 5: 2.776}  # Student's t for so many seeds
 SMALL = 0.05   # a difference below this counts as nothing: 5 points of exact match, or 0.05 nats
 
 
@@ -31,7 +31,7 @@ def tasks(experiment, model, length, meta_tokens='full', **more):
     return dict(experiment=experiment, model=model, length=length, meta_tokens=meta_tokens, **more)
 
 
-def against(other, experiment='recall', lengths=(96, 128, 192), words='{} tokens', **more):
+def against(other, experiment='recall', lengths=(64, 96, 128, 192), words='{} tokens', **more):
     """meta's exact match less another model's, by length."""
     return [Reading(words.format(length), tasks(experiment, 'meta', length, **more),
                     tasks(experiment, other, length, **more)) for length in lengths]
@@ -43,16 +43,21 @@ def inside(measure, words, sign, small=SMALL, **where):
     return Reading(words, *sides, figure='value', small=small)
 
 
+def zeroed(what, length):
+    """Of meta: its answers with meta-tokens' position or embedding zeroed, and as it is."""
+    return [tasks('recall', 'meta', length, tokens) for tokens in (f'zero {what}', 'full')]
+
+
 STEPS = [Reading(f'than {other}', dict(experiment='recall', model=other),
-                 dict(experiment='recall', model='meta'), 'steps_to_90', 1)
-         for other in ('gpt2', 'pause', 'same-size')]
-ZEROED = [(f'zero {what}', length) for what in ('position', 'embedding') for length in (64, 128)]
+                 dict(experiment='recall', model='meta'), 'steps_to_90', small=100)
+         for other in ('gpt2', 'pause', 'same-size')]  # graded every 100 steps
+NEAR = dict(experiment='caching', taught=False, of='the first of these less the second')
 SHARPER = [('at text tokens', 'attention at text tokens'),
            ('at meta-tokens', 'attention at meta-tokens'), ('in meta-attention', 'meta-attention'),
            ('in the output', 'output at meta-tokens')]
 CLAIMS = [  # (text, sub-command of evaluate.py, readings)
     ('meta learns list recall in fewer steps', 'tasks', STEPS),
-    ('meta recalls better beyond the taught length than gpt2 (Fig. 1)', 'tasks', against('gpt2')),
+    ('meta recalls better than gpt2, taught at 64 (Fig. 1)', 'tasks', against('gpt2')),
     ('... than pause and same-size', 'tasks',
      [reading for other in ('pause', 'same-size')
       for reading in against(other, words=other + ' at {}')]),
@@ -68,16 +73,18 @@ CLAIMS = [  # (text, sub-command of evaluate.py, readings)
      [reading for marks in ('random', 'none')
       for reading in against('gpt2', 'marks', (64,), f'`{marks}`', marks=marks)]),
     ("Zeroing meta-tokens' position helps (Table 2)", 'tasks',
-     [Reading(f'{length} tokens', tasks('recall', 'meta', length, zeroed),
-              tasks('recall', 'meta', length)) for zeroed, length in ZEROED[:2]]),
+     [Reading(f'{length} tokens', *zeroed('position', length), 'token_accuracy')
+      for length in (96, 128, 192)]),
     ('Zeroing their embedding hurts (Table 2)', 'tasks',
-     [Reading(f'{length} tokens', tasks('recall', 'meta', length),
-              tasks('recall', 'meta', length, zeroed)) for zeroed, length in ZEROED[2:]]),
+     [Reading(f'{length} tokens', *zeroed('embedding', length)[::-1], 'token_accuracy')
+      for length in (64, 128)]),
     ('They sharpen attention (Fig. 2)', 'sharpening',
      [inside('sharpening', words, -1, reading=reading, of='entropy', against='zeroed embeddings')
       for words, reading in SHARPER]),
     ('They cache earlier text (Fig. 2)', 'caching',
-     [inside('caching', 'in resembling near text', 1, of='the first of these less the second'),
+     [inside('caching', 'in resembling near text', 1, of=NEAR['of']),
+      Reading('more than pause does', NEAR | dict(model='meta'), NEAR | dict(model='pause'),
+              'value'),
       inside('caching', 'in text attending to them', 1, 0.01,
              of='attention of text to meta-tokens, less a uniform one')]),
     ('Per nat kept, they tell more of the answer', 'rate_distortion',
@@ -86,7 +93,7 @@ CLAIMS = [  # (text, sub-command of evaluate.py, readings)
       for token in ('last text token', 'text token before it')]),
     ('They lower the loss of plain text (PG19)', 'perplexity',
      [Reading(text, dict(experiment='text', model='gpt2', text=text),
-              dict(experiment='text', model='meta', text=text, n_meta=26), 'nats')
+              dict(experiment='text', model='meta', text=text, n_meta=26), 'nats', small=0.02)
       for text in ('source', 'books')]),
 ]
 
@@ -95,8 +102,9 @@ def select(rows, where, figure):
     """{seed: figure} of the rows that are as `where` says. Of an interval, its value."""
     found = {}
     for row in rows:
-        if where.items() <= row.items() and row.get(figure) is not None:
-            found[row['seed']] = np.ravel(row[figure])[0].astype(float)
+        value = np.ravel(row.get(figure))[0]
+        if where.items() <= row.items() and value is not None:
+            found[row['seed']] = float(value)
     return found
 
 
@@ -109,26 +117,31 @@ def compare(rows, reading):
                                 if side is not None) for seed in seeds])
     if len(seeds) < 3:
         return differences, None
-    half = T_95[len(seeds)] * differences.std(ddof=1) / len(seeds) ** 0.5
-    mean = differences.mean()
-    return differences, (mean, mean - half, mean + half)
+    return differences, students(differences.mean(), differences.std(ddof=1), len(seeds))
+
+
+def students(mean, spread, n):
+    half = T_95.get(n, 1.96 + 2.8 / (n - 1)) * spread / n ** 0.5
+    return mean, mean - half, mean + half
 
 
 def verdict(interval, small=SMALL):
-    """yes: all of the interval is above 0. no: all of it is below `small`. Else not resolved."""
+    """yes: all above 0, and the mean above `small`. no: all below `small`. Else not resolved."""
     if interval is None:
         return 'not run'
-    _, low, high = interval
-    if low > 0:
+    mean, low, high = interval
+    if low > 0 and mean > small:
         return 'yes'
     return 'no' if high < small else 'not resolved'
 
 
-def seeds_needed(differences):
-    """For a 95% interval that leaves out 0, were mean and spread as they are."""
-    spread, mean = differences.std(ddof=1), abs(differences.mean())
-    wanted = math.ceil((2 * spread / mean) ** 2) + 1 if mean else math.inf
-    return max(wanted, len(differences) + 1)
+def seeds_needed(differences, small=SMALL):
+    """For a verdict, were mean and spread as they are. At most 1,000."""
+    mean, spread = differences.mean(), differences.std(ddof=1)
+    for n in range(len(differences) + 1, 1000):
+        if verdict(students(mean, spread, n), small) != 'not resolved':
+            return n
+    return 1000
 
 # ------------------------------------------------------------------------------
 # Tables
@@ -139,8 +152,8 @@ def markdown(head, lines):
 
 
 def in_unit(reading, value):
-    """A difference: in points of exact match, in steps, or in nats."""
-    if reading.figure == 'exact_match':
+    """A difference: in points of accuracy, in steps, or in nats."""
+    if reading.figure in ('exact_match', 'token_accuracy'):
         return f'{100 * value:+.1f}'
     return f'{value:+,.0f}' if reading.figure == 'steps_to_90' else f'{value:+.3f}'
 
@@ -168,7 +181,7 @@ def draw_claims(rows):
             differences, interval = compare(rows, reading)
             word = verdict(interval, reading.small)
             if word == 'not resolved':
-                word += f' ({seeds_needed(differences)} seeds would)'
+                word += f' ({seeds_needed(differences, reading.small)} seeds would)'
             ends = '{} ({} to {})'.format(*(in_unit(reading, x) for x in interval or ())) \
                 if interval else ''
             seeds = ' '.join(in_unit(reading, x) for x in differences)

@@ -26,6 +26,7 @@ def rows_of(**by_model):
     ([0.90, 0.80, 0.85], [0.50, 0.42, 0.44], 'yes'),
     ([0.50, 0.42, 0.44], [0.90, 0.80, 0.85], 'no'),
     ([0.50, 0.51, 0.49], [0.50, 0.50, 0.50], 'no'),             # less than SMALL either way
+    ([0.52, 0.52, 0.52], [0.50, 0.50, 0.50], 'no'),             # in all seeds, but too little
     ([0.90, 0.20, 0.85], [0.50, 0.42, 0.44], 'not resolved'),
     ([0.90, 0.91], [0.10, 0.11], 'not run')])                   # two seeds tell nothing
 def test_verdicts(meta, gpt2, word):
@@ -47,9 +48,20 @@ def test_only_seeds_of_both_sides_are_compared():
 
 
 def test_seeds_needed():
-    """With a spread of 1 and a mean of 1, an interval of 2 / sqrt(n) leaves out 0 from n = 5."""
-    differences = np.array([0.0, 1.0, 2.0])
-    assert tables.seeds_needed(differences) == 5
+    """Student's t for 7 is 2.45, and 2.45 / sqrt(7) < 1. A mean of 0 is soon small enough."""
+    assert tables.seeds_needed(np.array([0.0, 1.0, 2.0])) == 7
+    assert tables.seeds_needed(np.array([-1.0, 0.0, 1.0]), small=2.0) == 4
+    assert tables.seeds_needed(np.array([-0.99, 0.01, 1.01])) == 1000
+
+
+def test_a_run_that_never_learned_counts_as_one_that_would_have_next(tmp_path):
+    """It is not left out. An interval of nothing is."""
+    log = tmp_path / 'log.csv'
+    for last, steps in (0.9, 300), (0.5, 400):
+        log.write_text(f'iter,exact_match\n100,0.2\n200,\n300,{last}\n')
+        assert results.learned(log)['steps_to_90'] == steps
+    rows = rows_of(meta=[0.9, 0.8]) + [dict(model='meta', seed=9, exact_match=[None] * 3)]
+    assert tables.select(rows, {}, 'exact_match').keys() == {0, 1}
 
 
 def test_every_claim_can_be_decided():
