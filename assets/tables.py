@@ -121,8 +121,9 @@ def compare(rows, reading):
 
 
 def students(mean, spread, n):
+    """[mean, low, high] of 95% for n differences; beyond n = 5 within 2% of Student's t."""
     half = T_95.get(n, 1.96 + 2.8 / (n - 1)) * spread / n ** 0.5
-    return mean, mean - half, mean + half
+    return [mean, mean - half, mean + half]
 
 
 def verdict(interval, small=SMALL):
