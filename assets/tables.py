@@ -5,6 +5,7 @@ import math
 import re
 import sys
 from collections import defaultdict
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,9 +13,12 @@ import numpy as np
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+from finetune import make_example  # noqa: E402
+from prepare import META, get_tokenizer  # noqa: E402
 from train import save_picture  # noqa: E402
 
 T_95 = {3: 4.303, 4: 3.182, 5: 2.776}  # Student's t for so many seeds
+LENGTHS = 64, 96, 128, 192
 SMALL = 0.05   # a difference below this counts as nothing: 5 points of exact match, or 0.05 nats
 
 
@@ -31,7 +35,7 @@ def tasks(experiment, model, length, meta_tokens='full', **more):
     return dict(experiment=experiment, model=model, length=length, meta_tokens=meta_tokens, **more)
 
 
-def against(other, experiment='recall', lengths=(64, 96, 128, 192), words='{} tokens', **more):
+def against(other, experiment='recall', lengths=LENGTHS, words='{} tokens', **more):
     """meta's exact match less another model's, by length."""
     return [Reading(words.format(length), tasks(experiment, 'meta', length, **more),
                     tasks(experiment, other, length, **more)) for length in lengths]
@@ -237,9 +241,30 @@ TABLES = {  # name: experiment, lines, columns, figure, form
 }
 
 
+@lru_cache
+def guess(length):
+    """
+    Of 500 prompts of list recall: in which share a guess among the items of the marked list is
+    right, and in which this list is longer than any that was taught.
+    """
+    tok, rng, right, longer = get_tokenizer('bytes'), np.random.default_rng(0), [], []
+    for _ in range(500):
+        prompt, answer = make_example('list_recall', length, rng, tok)
+        up_to_mark, *_ = tok.decode(prompt).split(META)
+        items = up_to_mark.split(':')[-1].split()
+        right.append(items.count(tok.decode(answer).strip()) / len(items))
+        longer.append(len(items) > 4)
+    return np.mean(right), np.mean(longer)
+
+
+def draw_guesses():
+    lines = [[length, *map(percent, guess(length))] for length in LENGTHS]
+    return markdown(['tokens', 'a guess is right (%)', 'lists of five or more (%)'], lines)
+
+
 def fill(text, rows):
     """text, with each section between <!-- NAME --> and <!-- end --> drawn from rows."""
-    drawn = dict(verdicts=draw_verdicts(rows), claims=draw_claims(rows))
+    drawn = dict(verdicts=draw_verdicts(rows), guesses=draw_guesses(), claims=draw_claims(rows))
     drawn |= {name: pivot(rows, *table) for name, table in TABLES.items()}
     for name, section in drawn.items():
         pattern = rf'(<!-- {name} -->\n).*?(<!-- end -->)'
@@ -248,16 +273,20 @@ def fill(text, rows):
 
 
 def draw_recall(figure, rows):
-    """A panel for each model: exact match by length, a line for each seed, thick for their mean."""
-    models, lengths = ('meta', 'pause', 'gpt2', 'same-size'), (64, 96, 128, 192)
+    """
+    A panel for each model: exact match by length, a line for each seed, thick for their mean. The
+    dotted line is a guess in the marked list.
+    """
+    models, guesses = ('meta', 'pause', 'gpt2', 'same-size'), [guess(n)[0] for n in LENGTHS]
     for ax, model in zip(figure.subplots(1, len(models), sharey=True), models):
         by_length = [select(rows, tasks('recall', model, length), 'exact_match')
-                     for length in lengths]
+                     for length in LENGTHS]
         for seed in by_length[0]:
             ax.plot(range(4), [100 * found.get(seed, math.nan) for found in by_length], color='0.6')
         means = [100 * np.mean(list(found.values()) or [math.nan]) for found in by_length]
         ax.plot(range(4), means, 'ko-', lw=2.5)
-        ax.set_xticks(range(4), lengths)
+        ax.plot(range(4), np.multiply(guesses, 100), 'k:')
+        ax.set_xticks(range(4), LENGTHS)
         ax.set(title=model, xlabel='tokens of the prompt', ylim=(0, 105))
     figure.axes[0].set_ylabel('right answers (%)')
 
