@@ -29,9 +29,9 @@ import tiktoken
 import torch
 import torch.nn.functional as F
 
-from finetune import TASKS, collate, examples, grade, to_ids, width_for
+from finetune import TASKS, examples, grade, to_ids, width_for
 from model import GPT, meta_mask
-from prepare import (META, Blocks, UserError, encode, get_tokenizer, inject_meta_tokens, load_data,
+from prepare import (Blocks, UserError, encode, get_tokenizer, inject_meta_tokens, load_data,
                      local_files, meta_count, parse_config, positive, read_file, run_script,
                      token_bytes, whole)
 from train import (Machine, encode_prompt, load_checkpoint, new_gpt, printable, save_picture,
@@ -45,28 +45,29 @@ class EvalConfig:
     ckpt: str = 'out/tiny/best.pt'  # a checkpoint, or gpt2; several, with commas, side by side
     yarn_scale: float = 1.0      # stretch the block of a RoPE model so many times, untrained for it
     device: str = 'auto'         # auto | cpu | cuda | mps
-    dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'float32'  # of matrix products
 
 
 class Loaded(NamedTuple):
-    name: str      # of the run's folder
+    name: str      # of the run
+    path: Path     # of its checkpoint
     model: GPT     # in eval mode
     tok: tiktoken.Encoding
     trained: dict  # the settings that it was trained with
 
 
-def paths_of(ckpt):
-    """A list of checkpoints is split at its commas, unless the whole is a path."""
-    return [ckpt] if Path(ckpt).exists() else ckpt.split(',')
+def run_folder(path):
+    """The folder of a checkpoint's run. GPT-2's weights have none: out/gpt2."""
+    return path.absolute().parent if path.is_file() else Path('out', path.name)
 
 
 def load_models(cfg, machine):
-    """[Loaded], of one tokenizer. Raises UserError."""
-    models, paths = [], [Path(path) for path in paths_of(cfg.ckpt)]
-    folders = [path.absolute().parent.name for path in paths]
-    for path, folder in zip(paths, folders):
+    """[Loaded], of one tokenizer. A list is split at its commas, unless it is a path itself."""
+    names = [cfg.ckpt] if Path(cfg.ckpt).exists() else cfg.ckpt.split(',')
+    models, paths = [], [Path(name) for name in names]
+    runs = [run_folder(path).name for path in paths]
+    for path, run in zip(paths, runs):
         checkpoint = load_checkpoint(path)
-        name = folder if folders.count(folder) == 1 else str(path)
+        name = run if runs.count(run) == 1 else str(path)
         args = checkpoint['model_args']
         if cfg.yarn_scale != 1:
             if args['yarn_scale'] != 1:
@@ -76,7 +77,7 @@ def load_models(cfg, machine):
                                block_size=round(cfg.yarn_scale * size))
         model = new_gpt(args, checkpoint['model']).to(machine.device).eval()
         tok = get_tokenizer(checkpoint['tokenizer'])
-        models.append(Loaded(name, model, tok, checkpoint['config']))
+        models.append(Loaded(name, path, model, tok, checkpoint['config']))
     if len({m.tok.name for m in models}) > 1:
         raise UserError('the checkpoints have different tokenizers: measure them one by one')
     return models
@@ -88,20 +89,20 @@ def only(models):
     return models[0]
 
 
-def publish(cfg, given, command, found, draw):
+def publish(cfg, given, command, models, found, draw):
     """Prints the rows of what was found. Writes it all, then its picture."""
     keys = list(found['rows'][0])
     for line in [keys, ['---'] * len(keys), *[row.values() for row in found['rows']]]:
         print('| ' + ' | '.join(map(in_words, line)) + ' |')
-    first, *others = paths_of(cfg.ckpt)
     words = [f'{key}={value}' for key, value in given.items() if key not in ('ckpt', 'device')]
-    if others or Path(first).name != 'best.pt':
+    if len(models) > 1 or models[0].path.name != 'best.pt':
         words.append(cfg.ckpt)
-    name = re.sub(r'[^\w.,=-]+', '_', '-'.join([command, *words]))  # says what was measured
-    if len(name) > 150:
-        name = f'{name[:140]}-{zlib.crc32(name.encode())}'
-    folder = Path(first).parent / 'eval'
-    folder.mkdir(exist_ok=True)
+    measured = '-'.join([command, *words])
+    name = re.sub(r'[^\w.,=-]+', '_', measured)[:140]
+    if name != measured:                                        # else a/b would be a_b
+        name += f'-{zlib.crc32(measured.encode())}'
+    folder = run_folder(models[0].path) / 'eval'
+    folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(dict(settings=asdict(cfg), **found), default=lambda array: array.tolist())
     found = json.loads(text, parse_constant=lambda nan: None)     # JSON has null for it
     beside = folder / f'{name}.json.{os.getpid()}'
@@ -128,8 +129,7 @@ def draw_curves(ax, rows, x, y, by, **settings):
         ax.errorbar([point[x] for point in points], value, (value - low, high - value), capsize=3,
                     label=label, marker='osD^vPX*'[n % 8], ls=('-', '--', ':')[n % 3])
     ax.set(**dict(xlabel=x.replace('_', ' '), ylabel=y.replace('_', ' ')) | settings)
-    if ax.get_xscale() == 'log':
-        ax.xaxis.set_major_formatter('{x:g}')
+    ax.xaxis.set_major_formatter('{x:g}')
     ax.grid(alpha=0.3)
     ax.legend(fontsize=8)
 
@@ -142,15 +142,16 @@ def wilson(p, n, z=1.96):
     return [p, max((middle - half) / scale, 0.0), min((middle + half) / scale, 1.0)]
 
 
-def bootstrap(statistic, n_rows, n_draws=1000):
+def bootstrap(statistic, *sizes, n_draws=1000):
     """
-    statistic takes an array of row numbers. Returns its value for all rows and the ends of its 95%
-    interval, (3, ...), from n_draws draws of as many rows.
+    statistic takes an array of row numbers for each of the sizes. Returns its value for all rows
+    and the ends of its 95% interval, (3, ...), from n_draws draws of as many rows.
     """
-    rng = np.random.default_rng(0)
-    draws = [statistic(rng.integers(n_rows, size=n_rows)) for _ in range(n_draws)]
+    rng, draws = np.random.default_rng(0), []
+    for _ in range(n_draws):
+        draws.append(statistic(*[rng.integers(n, size=n) for n in sizes]))
     ends = np.percentile(np.stack(draws), (2.5, 97.5), axis=0)
-    return np.stack((statistic(np.arange(n_rows)), *ends))
+    return np.stack((statistic(*map(np.arange, sizes)), *ends))
 
 # ------------------------------------------------------------------------------
 # tasks: recall by prompt length, and with meta-tokens zeroed (paper: Figure 1, Tables 1 and 2)
@@ -198,11 +199,9 @@ def tasks(cfg, machine, models):
 
     def draw(figure):
         ax = figure.subplots()
-        draw_curves(ax, rows, 'length', 'exact_match', ('model', 'meta_tokens'), xscale='log',
-                    ylim=(-0.03, 1.03), title=task, xlabel='prompt length (tokens)')
+        draw_curves(ax, rows, 'length', 'exact_match', ('model', 'meta_tokens'), title=task,
+                    ylim=(-0.03, 1.03), xlabel='prompt length (tokens)', xticks=lengths)
         ax.plot([row['length'] for row in rows], [row['guess'] for row in rows], 'k:')
-        ax.set_xticks(lengths, lengths)
-        ax.minorticks_off()
 
     return dict(rows=rows), draw
 
@@ -217,34 +216,27 @@ def held_out(task, length, n, tok, markers):
 
 @dataclass
 class PerplexityConfig(EvalConfig):
-    text: str = ''               # files or a data folder; empty: what it was trained on
+    text: str = ''               # files, or data/NAME; empty: what it was trained on
     block_size: int = 0          # positions of a window, meta-tokens included; 0: the model's
     max_tokens: int = 200_000    # text tokens to score: equal shares of the documents; 0: all
     n_buckets: positive = 8      # parts of the window whose loss is shown apart
-    batch_size: positive = 8     # windows at a time
 
 
 def perplexity(cfg, machine, models):
     """Perplexity on the text tokens of documents, without and with meta-tokens among them."""
-    text = cfg.text or models[0].trained.get('dataset')
-    if not text:
+    text = cfg.text or f"data/{Path(models[0].trained.get('dataset', '')).name}"
+    if text == 'data/':
         raise UserError('--text=: say which text, as this model was trained on none')
-    documents, runs = read_documents(text, models[0].tok, cfg.max_tokens), []
+    tokens, rows, curves = read_text(text, models[0].tok, cfg.max_tokens), [], []
     for m in models:
         T = cfg.block_size or m.model.config.block_size
         if T < 2 or m.model.config.pos == 'ape' and T > m.model.config.block_size:
             raise UserError(f'--block_size={T}: {m.name} has 2 to {m.model.config.block_size} '
                             'positions')
         for n_meta in sorted({0, meta_count(T, m.trained.get('meta_rate', 0))}):
-            runs.append((m, T, n_meta))
-    rows, curves = [], []
-    for m, T, n_meta in runs:
-        row, by_position = measure_perplexity(cfg, machine, m, documents, T, n_meta)
-        rows.append(row)
-        for part in np.array_split(np.arange(T), cfg.n_buckets):
-            sums, counts = by_position[:, part].sum(axis=1)
-            curves.append(dict(model=m.name, n_meta=n_meta, position=part.mean(),
-                               nats=sums / counts if counts else math.nan))
+            row, curve = measure_perplexity(cfg, machine, m, tokens, T, n_meta)
+            rows.append(row)
+            curves += curve
 
     def draw(figure):
         draw_curves(figure.subplots(), curves, 'position', 'nats', ('model', 'n_meta'),
@@ -253,14 +245,10 @@ def perplexity(cfg, machine, models):
     return dict(rows=rows, curves=curves), draw
 
 
-def read_documents(text, tok, max_tokens):
-    """
-    [(n,) ids] of each document of local files, or of a data folder's validation text. max_tokens:
-    in equal shares, but 1024 or more: a model predicts worse where it has read little.
-    """
-    name = text.rstrip('/').removeprefix('data/')
-    if Path('data', name, 'val.bin').exists():
-        data = load_data(name)
+def read_text(text, tok, max_tokens):
+    """(n,) ids of the validation text of data/NAME, or of local files, joined by end-of-text."""
+    if Path(text, 'val.bin').exists():
+        data = load_data(text)
         if data.tok.name != tok.name:
             raise UserError(f'{text} holds tokens of {data.tok.name}, the model knows those of '
                             f'{tok.name}: name another text with --text=')
@@ -269,56 +257,53 @@ def read_documents(text, tok, max_tokens):
         documents = []
         for path in local_files(text):
             try:
-                documents += [encode(tok, text) for text in read_file(path)]
+                for document in read_file(path):
+                    documents.append(np.append(encode(tok, document), tok.eot_token))
             except ValueError as error:
                 raise UserError(f'{path}: {error}')
-    share, left = max(max_tokens // max(len(documents), 1), 1024), max_tokens
-    if max_tokens:
-        for n, ids in enumerate(documents):
-            documents[n] = ids[:min(share, left) + 1]           # the first is not scored
-            left -= max(len(documents[n]) - 1, 0)
-    documents = [np.asarray(ids, np.int64) for ids in documents if len(ids) > 1]
-    if not documents:
-        raise UserError(f'--text={text}: no text of two tokens or more')
-    return documents
+        if not documents:
+            raise UserError(f'--text={text}: there is no text')
+    if max_tokens:  # a model predicts worse where it has read little: 1024 or more of each
+        share = max(max_tokens // len(documents), 1024)
+        documents = [ids[:share + 1] for ids in documents]
+    most = max_tokens + 1 if max_tokens else None               # the first is not scored
+    return np.concatenate(documents)[:most].astype(np.int64)
 
 
-def stride_of(T, n_meta):
-    """Text tokens from one window of T positions to the next: half a window."""
-    return max(min(T // 2, T - n_meta), 1)
-
-
-def measure_perplexity(cfg, machine, m, documents, T, n_meta):
-    """The row of one model and window, and the sums and numbers (2, T) of losses by position."""
-    nats, by_position, rng = 0.0, np.zeros((2, T)), np.random.default_rng(0)
-    placement = m.trained.get('meta_placement', 'random')
-    for ids in documents:
-        for losses, scored in window_losses(m.model, ids, T, n_meta, cfg.batch_size, machine, rng,
-                                            placement):
-            nats += losses[scored].sum()
-            by_position += np.nansum(losses, axis=0), (~np.isnan(losses)).sum(axis=0)
-    n_tokens = sum(len(ids) - 1 for ids in documents)
-    n_bytes = sum(token_bytes(m.tok)[ids[1:]].sum() for ids in documents)
+def measure_perplexity(cfg, machine, m, tokens, T, n_meta):
+    """The row of one model and window, and its loss by position in the window."""
+    nats, by_position, curve = 0.0, np.zeros((2, T)), []        # sums and numbers
+    for losses, scored in window_losses(machine, m, tokens, T, n_meta):
+        nats += losses[scored].sum()
+        by_position += np.nansum(losses, axis=0), (~np.isnan(losses)).sum(axis=0)
+    n_tokens = len(tokens) - 1
+    n_bytes = token_bytes(m.tok)[tokens[1:]].sum()
     row = dict(model=m.name, n_meta=n_meta, window=T, scored_tokens=n_tokens,
                perplexity=math.exp(nats / n_tokens), nats=nats / n_tokens,
                bits_per_byte=nats / math.log(2) / n_bytes)
-    return row, by_position
+    for part in np.array_split(np.arange(T), cfg.n_buckets):
+        sums, counts = by_position[:, part].sum(axis=1)
+        curve.append(dict(model=m.name, n_meta=n_meta, position=part.mean(),
+                          nats=sums / counts if counts else math.nan))
+    return row, curve
 
 
-def window_losses(model, tokens, T, n_meta, batch_size, machine, rng, placement):
+def window_losses(machine, m, tokens, T, n_meta):
     """
-    Slides a window over a document, tokens (n,). A window scores the tokens that no earlier one
-    has. So each token but the first is scored once. rng places the meta-tokens.
+    Slides a window over tokens (n,), by half of it. A window scores the tokens that no earlier one
+    has. So each token but the first is scored once.
 
     Yields two arrays (B, T) for each batch of windows: the loss in nats at every position, nan
     where no text is predicted; and whether it counts.
     """
-    W, last, meta_id = T - n_meta, len(tokens) - 1, model.config.meta_id
-    last_start = max(last - W, 0)
-    starts = np.array([*range(0, last_start, stride_of(T, n_meta)), last_start])
+    W, last, meta_id = T - n_meta, len(tokens) - 1, m.model.config.meta_id
+    rng, placement = np.random.default_rng(0), m.trained.get('meta_placement', 'random')
+    last_start, stride = max(last - W, 0), max(min(T // 2, W), 1)
+    starts = np.array([*range(0, last_start, stride), last_start])
     reached = np.concatenate(([0], starts[:-1] + W))            # the last token scored before
-    for n in range(0, len(starts), batch_size):
-        some = slice(n, n + batch_size)
+    size = max(4096 // T, 1)                                    # windows at a time
+    for n in range(0, len(starts), size):
+        some = slice(n, n + size)
         start, before = starts[some, None], reached[some, None]  # (B, 1)
         places = start + np.arange(W + 1)                       # (B, W + 1)
         text = tokens[np.minimum(places, last)]                 # (B, W + 1)
@@ -326,13 +311,10 @@ def window_losses(model, tokens, T, n_meta, batch_size, machine, rng, placement)
         token = start + (idx != meta_id).cumsum(axis=1)         # (B, T): the target's place
         valid = (targets >= 0) & (token > start) & (token <= last)
         idx, targets = machine.to_device(idx, targets)
-        nats = []
-        with torch.no_grad(), machine.autocast:
-            x = model.hidden(idx, n_meta=n_meta)                # (B, T, C)
-            for row, wanted in zip(x, targets):                 # the logits of all are too many
-                logits = model.lm_head(row).float()             # (T, vocab_size)
-                nats.append(F.cross_entropy(logits, wanted, ignore_index=-1, reduction='none'))
-        nats = torch.stack(nats).cpu().numpy().astype(float)    # (B, T)
+        with torch.no_grad():
+            logits = m.model.lm_head(m.model.hidden(idx, n_meta=n_meta))        # (B, T, vocab_size)
+        nats = F.cross_entropy(logits.mT, targets, ignore_index=-1, reduction='none')
+        nats = nats.cpu().numpy().astype(float)                 # (B, T)
         yield np.where(valid, nats, np.nan), valid & (token > before)
 
 # ------------------------------------------------------------------------------
@@ -398,26 +380,19 @@ def look_inside(model, idx, zero_meta=None):
     return seen
 
 
-def attention_logits(attn, x, rope):
-    """What the softmax of a causal attention sees, (B, n_head, T, T): -inf above the diagonal."""
-    q, k, _ = attn.qkv(x, rope)
+@torch.no_grad()
+def attention_logits(seen, of_meta=False):
+    """
+    What the softmax of a block's attention sees, or of its meta-attention: (B, n_head, T, T), -inf
+    where a token may not look. Among all tokens, the mask of meta-attention is the causal one.
+    """
+    attn, x, among = seen.block.attn, seen.block.ln_1(seen.x), torch.ones_like(seen.is_meta)
+    if of_meta:
+        x = seen.block.ln_meta(seen.x + attn(x, seen.rope))
+        attn, among = seen.block.meta_attn, seen.is_meta
+    q, k, _ = attn.qkv(x, seen.rope)
     scores = q @ k.mT / math.sqrt(q.shape[-1])
-    later = torch.ones_like(scores, dtype=torch.bool).triu(1)
-    return scores.masked_fill(later, -torch.inf)
-
-
-@torch.no_grad()
-def causal_logits(seen):
-    return attention_logits(seen.block.attn, seen.block.ln_1(seen.x), seen.rope)
-
-
-@torch.no_grad()
-def meta_logits(seen):
-    """The same of a block's meta-attention: -inf also where not both are meta-tokens."""
-    block = seen.block
-    x = seen.x + block.attn(block.ln_1(seen.x), seen.rope)
-    logits = attention_logits(block.meta_attn, block.ln_meta(x), seen.rope)
-    return logits.masked_fill(~meta_mask(seen.is_meta)[:, None], -torch.inf)
+    return scores.masked_fill(~meta_mask(among)[:, None], -torch.inf)
 
 
 def attention(model, idx):
@@ -427,9 +402,9 @@ def attention(model, idx):
     """
     causal, meta = [], []
     for seen in look_inside(model, idx):
-        causal.append(causal_logits(seen).softmax(-1).cpu())
+        causal.append(attention_logits(seen).softmax(-1).cpu())
         if model.config.meta_attn:
-            weights = meta_logits(seen).softmax(-1).cpu()
+            weights = attention_logits(seen, of_meta=True).softmax(-1).cpu()
             meta.append(weights.nan_to_num())                   # text: a softmax of nothing
     return np.stack(causal), np.stack(meta) if meta else None
 
@@ -441,7 +416,6 @@ def entropy(logits):
 # ------------------------------------------------------------------------------
 # sharpening and caching (paper, section 5 and Figure 2)
 
-SHARPENED = 'entropy', 'largest logit'
 PAPER = {'entropy': -1.40, 'largest logit': 1.26}  # Figure 2: the change by meta-tokens
 READINGS = AT_TEXT, AT_META, IN_META, AT_OUTPUT = (
     'attention at text tokens', 'attention at meta-tokens', 'meta-attention',
@@ -467,7 +441,7 @@ def sharpening(cfg, machine, models):
         others = {ZEROED_EMBEDDINGS: [sharpness(model, row, reading, 'embedding') for row in idx]}
         if reading == AT_TEXT:
             others[WITHOUT] = [sharpness(model, row[row != meta_id], reading) for row in idx]
-        for (against, other), (w, measure) in product(others.items(), enumerate(SHARPENED)):
+        for (against, other), (w, measure) in product(others.items(), enumerate(PAPER)):
             change = (as_is - np.stack(other))[..., w]          # (n_rows, L, n_head, n)
             by_row = change.mean(axis=(1, 2, 3))
             value = bootstrap(lambda rows: by_row[rows].mean(), len(idx))
@@ -476,7 +450,7 @@ def sharpening(cfg, machine, models):
             changes[reading, measure, against] = change.ravel()
 
     def draw(figure):
-        for ax, measure in zip(figure.subplots(1, 2), SHARPENED):
+        for ax, measure in zip(figure.subplots(1, 2), PAPER):
             for against in ZEROED_EMBEDDINGS, WITHOUT:
                 change = changes[AT_TEXT, measure, against]
                 bins = np.linspace(*np.percentile(change, (0.5, 99.5)), 81)
@@ -502,9 +476,9 @@ def sharpness(model, row, reading, zero_meta=None):
             x = model.hidden(row[None], zero_meta)[0, at]       # (n, C)
             layers.append(model.lm_head(x)[None, :, :meta_id])  # (1, n, meta_id)
     else:
-        logits_of = meta_logits if reading == IN_META else causal_logits
         for seen in look_inside(model, row[None], zero_meta):
-            layers.append(logits_of(seen)[0, :, at])            # (n_head, n, T)
+            logits = attention_logits(seen, of_meta=reading == IN_META)
+            layers.append(logits[0, :, at])                     # (n_head, n, T)
     found = [torch.stack((entropy(logits), logits.amax(-1)), dim=-1) for logits in layers]
     return torch.stack(found).cpu().numpy()
 
@@ -518,7 +492,7 @@ def caching(cfg, machine, models):
     m = only(models)
     idx = rows_of(cfg, m)
     n_rows, T = idx.shape
-    cosines, attended, uniform = look_at_rows(m.model, idx)
+    cosines, over = look_at_rows(m.model, idx)
     edges, far = np.unique(np.geomspace(1, T, 16).round().astype(int)), max(T // 8, 5)
 
     def cosine(kind, rows, near, end):
@@ -537,8 +511,8 @@ def caching(cfg, machine, models):
                          value=bootstrap(partial(fading, kind), n_rows)))
     more = bootstrap(lambda rows: fading(0, rows) - fading(1, rows), n_rows)
     rows.append(dict(of='the first of these less the second', value=more))
-    over = bootstrap(lambda rows: attended[rows].mean() - uniform[rows].mean(), n_rows)
-    rows.append(dict(of='attention of text to meta-tokens, less a uniform one', value=over))
+    rows.append(dict(of='attention of text to meta-tokens, less a uniform one',
+                     value=bootstrap(lambda rows: over[rows].mean(), n_rows)))
 
     def draw(figure):
         draw_curves(figure.subplots(), curves, 'distance', 'cosine', ('at',), xscale='log',
@@ -551,22 +525,20 @@ def caching(cfg, machine, models):
 def look_at_rows(model, idx):
     """
     Of each row of idx (n_rows, T): the sums and numbers of cosines by distance after the last
-    block, at meta-tokens and at text, (2, 2, n_rows, T); the attention that text gives to
-    meta-tokens, (n_rows, L); and what uniform attention would give them, (n_rows,).
+    block, at meta-tokens and at text, (2, 2, n_rows, T); and the attention that text gives to
+    meta-tokens, less what uniform attention would give them, (n_rows,).
     """
-    (n_rows, T), L = idx.shape, model.config.n_layer
-    cosines = np.zeros((2, 2, n_rows, T))
-    attended, uniform = np.zeros((n_rows, L)), np.zeros(n_rows)
+    n_rows, T = idx.shape
+    cosines, over = np.zeros((2, 2, n_rows, T)), np.zeros(n_rows)
     distance = torch.arange(T)[:, None] - torch.arange(T)       # from a token back to another
     for n, row in enumerate(idx):
         is_meta = (row == model.config.meta_id).cpu()           # (T,)
-        share = is_meta.cumsum(0) / torch.arange(1, T + 1)      # of what each token sees
-        uniform[n] = share[~is_meta].mean()
+        uniform = is_meta.cumsum(0) / torch.arange(1, T + 1)    # (T,): a share of what it sees
         layers = look_inside(model, row[None])
-        for layer, seen in enumerate(layers):
-            weights = causal_logits(seen).softmax(-1)[0].mean(dim=0).cpu()      # (T, T)
-            to_meta = weights[:, is_meta].sum(dim=1)            # (T,)
-            attended[n, layer] = to_meta[~is_meta].mean()
+        for seen in layers:
+            weights = attention_logits(seen).softmax(-1)[0].mean(dim=0).cpu()   # (T, T)
+            more = weights[:, is_meta].sum(dim=1) - uniform     # (T,)
+            over[n] += more[~is_meta].mean() / len(layers)
         unit = F.normalize(layers[-1].output[0], dim=-1)        # (T, C)
         cosine = (unit @ unit.T).cpu()                          # (T, T)
         for kind, here in enumerate((is_meta, ~is_meta)):
@@ -574,7 +546,7 @@ def look_at_rows(model, idx):
             apart = distance[pairs]
             cosines[0, kind, n] = np.bincount(apart, cosine[pairs], T)
             cosines[1, kind, n] = np.bincount(apart, minlength=T)
-    return cosines, attended, uniform
+    return cosines, over
 
 # ------------------------------------------------------------------------------
 # attention: what the token that predicts the answer looks at
@@ -593,8 +565,8 @@ def show_attention(cfg, machine, models):
     taught to answer in bytes this token is the space in front of the answer, put behind the prompt.
     """
     ids, first = prompt_to_look_at(cfg, models[0]), models[0]
-    words = [shown_token(first.tok, i) for i in ids]
-    rows, pictures = [], []
+    words = [printable(first.tok, [i], '·').replace('\n', '⏎').replace(' ', '␣') for i in ids]
+    rows, shown = [], []
     for m in models:
         idx = torch.tensor([ids], device=machine.device)
         try:
@@ -610,19 +582,18 @@ def show_attention(cfg, machine, models):
         is_meta = np.array(ids) == m.model.config.meta_id
         if meta is not None and is_meta.any():
             among = meta[:, 0].mean(axis=1)[:, is_meta.nonzero()[0][-1]]
-        pictures.append((m.name, looked, among))
+        shown.append(dict(model=m.name, looked=looked, among=among))
 
     def draw(figure):
-        axes = figure.subplots(2, len(pictures), squeeze=False, sharex=True)
-        for column, (name, *images) in zip(axes.T, pictures):
-            titles = f'{name}: the last token', 'the last meta-token, in meta-attention'
-            for ax, image, title in zip(column, images, titles):
+        axes = figure.subplots(2, len(shown), squeeze=False, sharex=True)
+        for column, found in zip(axes.T, shown):
+            titles = f"{found['model']}: the last token", 'the last meta-token, in meta-attention'
+            for ax, image, title in zip(column, (found['looked'], found['among']), titles):
                 ax.imshow(image, cmap='Greys', vmin=0, aspect='auto')
                 ax.set_xticks(range(len(words)), words, fontsize=7)
                 ax.set(ylabel='block', title=f'{title} looks at', yticks=range(len(image)))
 
-    found = [dict(model=name, looked=looked, among=among) for name, looked, among in pictures]
-    return dict(rows=rows, tokens=words, weights=found), draw
+    return dict(rows=rows, tokens=words, weights=shown), draw
 
 
 def prompt_to_look_at(cfg, m):
@@ -633,12 +604,6 @@ def prompt_to_look_at(cfg, m):
     task, markers = m.trained.get('task', 'list_recall'), m.trained.get('markers', 'task')
     (prompt, _), = held_out(task, cfg.length, 1, m.tok, markers)
     return prompt + space
-
-
-def shown_token(tok, i):
-    """A token as a picture can show it: · is the meta-token alone."""
-    text = tok.decode([i]).replace('\n', '⏎').replace(' ', '␣').replace(META, '·')
-    return text if text.isprintable() else '\ufffd'
 
 # ------------------------------------------------------------------------------
 # rate_distortion: what the state of the last meta-token tells per nat (paper, section 5)
@@ -703,27 +668,21 @@ def hidden_states(m, n, split):
     n prompts: hidden states {curve: (n, C)}, and what they are to tell, y (n,): the answer's first
     token that is not a space.
     """
-    trained, model = m.trained, m.model
+    trained, device = m.trained, m.model.lm_head.weight.device
     if 'task' not in trained or trained['markers'] == 'none':
         raise UserError(f'{m.name} was not taught a task with meta-tokens: name one that was')
     stream = examples(trained['task'], trained['train_length'], split, [2, 0, split == 'test'],
                       m.tok, trained['markers'])
-    pairs = [next(stream) for _ in range(n)]
-    y = [next(i for i in answer if m.tok.decode([i]).strip()) for _, answer in pairs]
-    width = max(len(prompt) for prompt, _ in pairs)
-    idx = torch.from_numpy(collate([(prompt, [0]) for prompt, _ in pairs], width,
-                                   m.tok.eot_token)[0])                    # (n, width)
-    ends = torch.tensor([[len(prompt)] for prompt, _ in pairs])            # (n, 1)
-    place, is_meta = torch.arange(width), idx == model.config.meta_id
-    last_meta = (place * is_meta).argmax(dim=1)                            # (n,)
-    is_text = ~is_meta & (place < ends)
-    before = is_text & (place < last_meta[:, None])
-    at = torch.stack((last_meta, (place * is_text).argmax(dim=1), (place * before).argmax(dim=1)))
-    device, states = model.lm_head.weight.device, []
-    for rows, t in zip(idx.split(64), at.split(64, dim=1)):
-        x = model.hidden(rows.to(device))                                  # (64, width, C)
-        states.append(x[torch.arange(len(rows)), t])                       # (3, 64, C)
-    return dict(zip(CURVES, torch.cat(states, dim=1))), torch.tensor(y, device=device)
+    states, y = [], []
+    for prompt, answer in islice(stream, n):
+        is_meta = [i == m.model.config.meta_id for i in prompt]
+        meta = [t for t in range(len(prompt)) if is_meta[t]]
+        text = [t for t in range(len(prompt)) if not is_meta[t]]
+        before = max((t for t in text if t < meta[-1]), default=0)
+        x = m.model.hidden(torch.tensor([prompt], device=device))[0]       # (T, C)
+        states.append(x[[meta[-1], text[-1], before]])                     # (3, C)
+        y.append(next(i for i in answer if m.tok.decode([i]).strip()))
+    return dict(zip(CURVES, torch.stack(states, dim=1))), torch.tensor(y, device=device)
 
 
 def fit_bottleneck(h, y, h_test, y_test, beta, seed, n_steps, z_dim=16):
@@ -773,37 +732,25 @@ def compare(one, other, most):
         return (np.interp(rates, *curves[0]) - np.interp(rates, *curves[1])).mean()
 
     n_seeds, _, _, n_test = one.shape
-    rng, draws = np.random.default_rng(0), []
-    for _ in range(200):
-        draws.append(difference(rng.integers(n_seeds, size=n_seeds),
-                                rng.integers(n_test, size=n_test)))
-    return [difference(np.arange(n_seeds), np.arange(n_test)),
-            *np.percentile(draws, (2.5, 97.5))]
+    return bootstrap(difference, n_seeds, n_test, n_draws=200)
 
 # ------------------------------------------------------------------------------
 # theory: the paper's two theorems, as things to run
 
-@dataclass
-class TheoryConfig(EvalConfig):
-    n_keys: positive = 64        # keys of the random attention rows
-    n_rows: positive = 10_000    # of them
-    seed: int = 0                # decides them
-
-
 def theory(cfg, machine, models):
     """When does a raised logit lower the entropy? Can a meta-token's logit be a fixed bias?"""
     m = only(models)
-    generator = torch.Generator().manual_seed(cfg.seed)
-    fell, right = raise_one_logit(cfg.n_rows, cfg.n_keys, generator)
+    generator = torch.Generator().manual_seed(0)
+    fell, right = raise_one_logit(10_000, 64, generator)
     before, after = entropy(torch.tensor([[0.0, 0.0, -3.0], [0.0, 0.0, -1.0]])).tolist()
     T, meta_id = min(32, m.model.config.block_size), m.model.config.meta_id
     inputs = torch.randint(meta_id - 1, (2, T), generator=generator)
     inputs[:, T // 2] = meta_id
     inputs[:, T // 3] = 0                          # the control: a text token, the same in both
     last_block = look_inside(m.model, inputs.to(machine.device))[-1]
-    a, b = causal_logits(last_block)[:, :, -1].cpu()                       # (n_head, T) each
+    a, b = attention_logits(last_block)[:, :, -1].cpu()                    # (n_head, T) each
     meta, text = (a - b)[:, T // 2].abs().max(), (a - b)[:, T // 3].abs().max()
-    print(f"""entropy: one logit of {cfg.n_rows:,} random rows of {cfg.n_keys} keys, raised a little
+    print(f"""entropy: one logit of 10,000 random rows of 64 keys, raised a little
   it fell in {fell:.1%} of them; "it falls if and only if p > exp(-H)" is right in {right:.2%}
   so the theorem (4.1 / 5.1) needs that condition. Without: logits 0, 0, -3, the last raised by 2:
   entropy {before:.3f} -> {after:.3f} nats
@@ -839,7 +786,7 @@ class SampleConfig(EvalConfig):
     max_new_tokens: int = 0      # in each, at most; 0: to the end of the block that it has learned
     temperature: float = 0.8     # 0: always the likeliest token
     top_k: int = 200             # from so many likeliest tokens only; 0: all
-    meta_every: int = -1         # a meta-token after so many tokens; 0: none; -1: as in training
+    meta_every: int = None       # a meta-token after so many tokens; 0: none; None: as in training
     show_meta: bool = False      # show the meta-tokens, as ·
     seed: int = 1337             # decides them
 
@@ -847,16 +794,15 @@ class SampleConfig(EvalConfig):
 def sample(cfg, machine, models):
     """Text from a checkpoint, up to the end of a document."""
     m = only(models)
-    if cfg.meta_every >= 0:
+    if cfg.meta_every is not None:
         m.model.config.meta_every = cfg.meta_every
     idx, size = encode_prompt(cfg.prompt, m.model, m.tok), m.model.config.block_size
     if m.model.config.pos == 'ape' and idx.shape[1] > size:
         raise UserError(f'--prompt= takes {idx.shape[1]} positions, learned ones end at {size}')
     generator = torch.Generator(machine.device).manual_seed(cfg.seed)
     for n in range(cfg.num_samples):
-        with machine.autocast:
-            ids = m.model.generate(idx, cfg.max_new_tokens or text_room(m.model, idx),
-                                   cfg.temperature, cfg.top_k, generator=generator)[0]
+        ids = m.model.generate(idx, cfg.max_new_tokens or text_room(m.model, idx), cfg.temperature,
+                               cfg.top_k, generator=generator)[0]
         ids = ids[1:] if ids[0] == m.tok.eot_token else ids
         text = printable(m.tok, ids.tolist(), '·' if cfg.show_meta else '')
         print('\n---\n' if n else '', text, sep='')
@@ -869,7 +815,7 @@ COMMANDS = {
     'sharpening': (InsideConfig, sharpening), 'caching': (InsideConfig, caching),
     'attention': (AttentionConfig, show_attention),
     'rate_distortion': (RateDistortionConfig, rate_distortion),
-    'theory': (TheoryConfig, theory), 'sample': (SampleConfig, sample)}
+    'theory': (EvalConfig, theory), 'sample': (SampleConfig, sample)}
 
 
 def main():
@@ -883,10 +829,11 @@ def main():
         settings, measure = COMMANDS[command]
         cfg, given = parse_config(settings, argv=argv, doc=measure.__doc__,
                                   prog=f'evaluate.py {command}')
-        machine = Machine(cfg.device, cfg.dtype)
-        result = measure(cfg, machine, load_models(cfg, machine))
+        machine = Machine(cfg.device, 'float32')
+        models = load_models(cfg, machine)
+        result = measure(cfg, machine, models)
         if result and result[0]['rows']:
-            publish(cfg, given, command, *result)
+            publish(cfg, given, command, models, *result)
 
 
 if __name__ == '__main__':

@@ -114,7 +114,7 @@ def load_data(name):
         if n < 2 or n != about.get(path.stem, {}).get('tokens', n):
             raise UserError(f'{path} was cut, to {n:,} tokens: make {folder} again')
         tokens = np.memmap(path, '<u2', 'r', shape=n)
-        highest = max(int(tokens[i:i + 10_000_000].max()) for i in range(0, n, 10_000_000))
+        highest = int(tokens.max())
         if highest > tok.eot_token:
             wrong = f'token {highest}, and {tok.name} ends at {tok.eot_token}'
         elif n > 500 and not tokens[1:10_000:2].any():
@@ -168,11 +168,7 @@ def token_bytes(tok):
 
 def encode(tok, text):
     """Text -> (n,) uint16. A special token in it stays text; half a surrogate becomes U+FFFD."""
-    try:
-        return tok.encode_to_numpy(text, disallowed_special=()).astype('<u2')
-    except UnicodeEncodeError:
-        text = text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
-        return encode(tok, text)
+    return np.array(tok.encode_ordinary(text), '<u2')
 
 # ------------------------------------------------------------------------------
 # Where text comes from
@@ -190,14 +186,9 @@ def local_files(source):
         skip = {'test', 'tests', 'idle_test', 'site-packages', 'dist-packages'}
         below = sorted(root.rglob('*.py'))
         return [p for p in below if not skip & set(p.relative_to(root).parts)]
-    paths = [Path(name) for name in glob.glob(source, recursive=True)]
-    if Path(source).is_dir():
-        paths = files_below(source)
-    elif Path(source).exists():
-        paths = [Path(source)]
-    files = {path.resolve(): path for path in sorted(paths, reverse=True)
-             if path.is_file() and path.stat().st_size}
-    found = sorted(p for p in files.values() if p.name.endswith(KINDS))
+    names = [source] if Path(source).exists() else glob.glob(source, recursive=True)
+    files = list(files_below(map(Path, names), seen=set()))
+    found = [path for path in files if path.name.endswith(KINDS)]
     if not found:
         raise UserError(f"{source}: nothing to read there ({' '.join(KINDS)})")
     if len(found) < len(files):
@@ -205,19 +196,18 @@ def local_files(source):
     return found
 
 
-def files_below(folder):
-    """The files below a folder, but hidden ones. Links are followed, each folder once."""
-    def refuse(error):
-        raise error  # else os.walk leaves out in silence what may not be read
-
-    seen = set()
-    for root, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
-        if os.path.realpath(root) in seen:
-            folders.clear()
+def files_below(paths, seen):
+    """The files at and below paths, but empty and hidden ones. `seen`: where it was already."""
+    for path in sorted(paths):
+        real = os.path.realpath(path)
+        if real in seen:
             continue
-        seen.add(os.path.realpath(root))
-        folders[:] = [name for name in folders if not name.startswith('.')]
-        yield from (Path(root, name) for name in names if not name.startswith('.'))
+        seen.add(real)
+        if path.is_dir():
+            below = [p for p in path.iterdir() if not p.name.startswith('.')]
+            yield from files_below(below, seen)
+        elif path.is_file() and path.stat().st_size:
+            yield path
 
 
 def read_file(path, column='text'):
@@ -323,9 +313,8 @@ def write_tokens(cfg, tok, parts, folder):
     validation part, a hash of its text says where a document goes: copies of it go there too.
     """
     from tqdm import tqdm
-    n, most = {'train': 0, 'val': 0}, {'train': math.inf, 'val': math.inf}
-    if cfg.max_tokens:
-        most = {'train': cfg.max_tokens, 'val': max(cfg.max_tokens // 10, 2)}
+    n, train_tokens = {'train': 0, 'val': 0}, cfg.max_tokens or sys.maxsize
+    most = {'train': train_tokens, 'val': max(train_tokens // 10, 2)}
     hold_out = len({split for _, split, _ in parts}) == 1
 
     def documents():
@@ -433,12 +422,6 @@ def number(text):
     if not 0 <= float(text) < math.inf:
         raise argparse.ArgumentTypeError(f'{text} is no number from 0 on')
     return float(text)
-
-
-def share(text):
-    if number(text) >= 1:
-        raise argparse.ArgumentTypeError(f'{text} is not below 1')
-    return number(text)
 
 
 class Parser(argparse.ArgumentParser):

@@ -13,7 +13,6 @@ validation loss). Everything random is a function of (seed, iteration): the data
 positions, dropout. So a resumed run is the uninterrupted one: on a CPU bit for bit.
 """
 import csv, json, math, os, re, shlex, shutil, signal, sys, time, traceback
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -22,12 +21,11 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 from model import GPT, GPTConfig
 from prepare import (END_OF_TEXT, META, Blocks, PrepareConfig, UserError, encode, get_tokenizer,
                      load_data, meta_count, meta_token, parse_config, positive, prepare,
-                     run_script, said, share, token_bytes)
+                     run_script, said, token_bytes)
 
 
 @dataclass
@@ -50,7 +48,7 @@ class RunConfig:
     n_layer: positive = 3        # blocks
     n_head: positive = 4         # heads in each attention
     n_embd: positive = 128       # channels
-    dropout: share = 0.0         # in training only
+    dropout: float = 0.0         # in training only
     bias: bool = False           # in linear layers and layer norms
     pos: Literal['rope', 'ape', 'none'] = 'rope'  # positions: rotary, learned (GPT-2's), or none
     meta_attn: bool = True       # the second attention, among meta-tokens
@@ -62,8 +60,8 @@ class RunConfig:
     warmup_iters: int = 50       # steps of linear rise to the peak
     lr_decay_iters: int = 0      # steps until the end of the cosine; 0: max_iters
     weight_decay: float = 0.1    # on matrices only
-    beta1: share = 0.9           # AdamW's
-    beta2: share = 0.95          # AdamW's
+    beta1: float = 0.9           # AdamW's
+    beta2: float = 0.95          # AdamW's
     grad_clip: float = 1.0       # clip the gradient's norm there; 0: never
     # the machine
     device: str = 'auto'         # auto | cpu | cuda | cuda:1 | mps
@@ -96,30 +94,33 @@ MODEL_KEYS = [f.name for f in fields(GPTConfig) if hasattr(RunConfig, f.name)]
 # ------------------------------------------------------------------------------
 # One training step
 
-def train_step(it, cfg, machine, model, net, optimizer, scaler, micro_batches):
+def train_step(it, cfg, machine, model, optimizer, scaler, micro_batches):
     """
     One step of the optimizer: the gradient of all micro-batches, clipped, moves the weights.
 
-    Every target of the step counts alike, whatever micro-batch and process it is in. net is the
-    model, or DDP around it. Returns this process's part of the mean loss in nats, and the
-    gradient's norm: two tensors, as to read a number is to wait for a GPU.
+    Every target of the step counts alike, whatever micro-batch and process it is in. Returns this
+    process's part of the mean loss in nats, and the gradient's norm: two tensors, as to read a
+    number is to wait for a GPU.
     """
     n_targets, = machine.sum(sum(count_targets(targets) for _, _, targets in micro_batches))
     loss_sum = torch.zeros((), device=machine.device)
-    for n, (i, idx, targets) in enumerate(micro_batches, start=1):
+    for i, idx, targets in micro_batches:
         if cfg.dropout:
             seed = np.random.SeedSequence([cfg.seed, i]).generate_state(1)[0]
             torch.manual_seed(int(seed))
-        net.require_backward_grad_sync = n == len(micro_batches)  # DDP: exchange once a step
         n_meta = int((idx == model.config.meta_id).sum(axis=1).max())
         with machine.autocast:
-            _, loss = net(*machine.to_device(idx, targets), n_meta=n_meta)
+            _, loss = model(*machine.to_device(idx, targets), n_meta=n_meta)
         loss = loss * (count_targets(targets) / n_targets)     # its share of the mean
-        scaler.scale(loss * machine.world).backward()          # DDP averages over the processes
+        scaler.scale(loss).backward()
         loss_sum += loss.detach()
+    if dist.is_initialized():                                  # add up what the processes have
+        for p in model.parameters():
+            if p.grad is not None:                             # as where no row has a meta-token
+                dist.all_reduce(p.grad)
 
     scaler.unscale_(optimizer)
-    grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.grad_clip or math.inf)
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
     for group in optimizer.param_groups:
         group['lr'] = learning_rate(it, cfg)
     scaler.step(optimizer)                                     # in float16, unless it overflowed
@@ -226,35 +227,33 @@ def fit(cfg, machine, model, task, checkpoint=None):
     """
     optimizer = make_optimizer(model, cfg)
     scaler = torch.amp.GradScaler(machine.type, enabled=machine.dtype == 'float16')
-    at, resumed_at = dict(iter_num=0, tokens=0, best_val_loss=math.inf), None
+    at, resumed_at = dict(iter_num=0, tokens=0, best_val_loss=math.inf, log=[]), None
     if cfg.init_from == 'resume':
         if checkpoint['data'] != task.about:
             raise UserError(f'the data is not what the run in {cfg.out_dir} was trained on')
         optimizer.load_state_dict(checkpoint['optimizer'])
-        if scaler.is_enabled():
+        if checkpoint['scaler']:  # empty unless that run was in float16
             scaler.load_state_dict(checkpoint['scaler'])
         at = {key: checkpoint[key] for key in at}
         resumed_at = at['iter_num']
     if cfg.compile and machine.type == 'cuda':
         compile_blocks(model)
-    net = wrap(machine, model, task)
-    log = open_log(cfg, at['iter_num']) if machine.rank == 0 else None
+    log = open_log(cfg, at['log']) if machine.rank == 0 else None
     signals, stopping, row = catch_signals(), 0, {}
     clock, before = time.perf_counter(), dict(at)
     micro_batches = own_micro_batches(at['iter_num'], cfg, machine, task)
 
     while True:
-        it = at['iter_num']
+        it, started = at['iter_num'], time.perf_counter()
         is_last = it == cfg.max_iters
         is_due = (is_last or it % cfg.eval_interval == 0) and it != resumed_at
         if is_due:
-            started = time.perf_counter()
             found = task.evaluate(model)
             row |= found
-            clock += time.perf_counter() - started  # it is not a step's
             machine.say(f'iter {it:>6}/{cfg.max_iters}  {in_words(found)}')
         if row and machine.rank == 0:
-            log.writerow(row | dict(iter=it, tokens=at['tokens']))
+            at['log'].append(row | dict(iter=it, tokens=at['tokens']))
+            log.writerow(at['log'][-1])
         if not math.isfinite(row.get('val_loss', 0)):
             raise UserError(f'step {it}: {in_words(row)}; lower --learning_rate. {cfg.out_dir} '
                             'keeps the checkpoint before, if there was one')
@@ -268,7 +267,8 @@ def fit(cfg, machine, model, task, checkpoint=None):
         if is_last:
             return
 
-        loss, grad_norm = train_step(it, cfg, machine, model, net, optimizer, scaler, micro_batches)
+        clock += time.perf_counter() - started  # what was no step's
+        loss, grad_norm = train_step(it, cfg, machine, model, optimizer, scaler, micro_batches)
         n_tokens = cfg.gradient_accumulation_steps * micro_batches[0][1].size
         micro_batches = own_micro_batches(it + 1, cfg, machine, task)  # while a GPU still computes
         loss, stopping = machine.sum(loss.item(), len(signals))  # of all processes
@@ -299,15 +299,6 @@ def compile_blocks(model):
         block.compile()
 
 
-def wrap(machine, model, task):
-    """DDP around the model, under torchrun."""
-    if not dist.is_initialized():
-        return model
-    idx, _ = task.batch(0)  # without meta-tokens meta-attention gets no gradient
-    unused = model.config.meta_attn and not (idx == model.config.meta_id).any()
-    return DistributedDataParallel(model, find_unused_parameters=unused)
-
-
 def catch_signals():
     """Returns a list to which a stop signal adds its number. The second one ends the process."""
     received = []
@@ -328,23 +319,19 @@ def catch_signals():
 RUN_FILES = 'config.json', 'log.csv', 'loss.png', 'sample.txt', 'ckpt.pt', 'best.pt'
 
 
-def open_log(cfg, it):
+def open_log(cfg, rows):
     """
-    Takes the folder for a fresh run, or cuts a resumed run's log at step `it`. Returns a writer of
-    log.csv. Raises FileExistsError where another run was quicker.
+    Takes the folder for a fresh run, or for one that goes on behind these rows of its log. Returns
+    a writer of log.csv. Raises FileExistsError where another run was quicker.
     """
-    folder, rows = Path(cfg.out_dir), []
+    folder = Path(cfg.out_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    if it == 0 and cfg.overwrite:
+    if cfg.overwrite and not rows:
         shutil.rmtree(folder / 'eval', ignore_errors=True)
         for name in RUN_FILES:
             (folder / name).unlink(missing_ok=True)
-    with open(folder / 'config.json', 'w' if it else 'x') as f:
+    with open(folder / 'config.json', 'w' if rows else 'x') as f:
         json.dump(asdict(cfg), f, indent=2)
-    if it and (folder / 'log.csv').exists():
-        with open(folder / 'log.csv', newline='') as f:
-            rows = [row for row in csv.DictReader(f)
-                    if None not in row.values() and int(row['iter']) <= it]
     log = csv.DictWriter(open(folder / 'log.csv', 'w', newline='', buffering=1), COLUMNS)
     log.writeheader()
     log.writerows(rows)
@@ -424,7 +411,8 @@ def open_run(cfg, given, presets, inherited):
         for key in given.keys() - MAY_CHANGE:
             if given[key] != old[key]:
                 raise UserError(f'--{key}={given[key]}: the run in {cfg.out_dir} has {old[key]}, '
-                                f'which stays; --init_from={latest} starts a new run from it')
+                                f"which stays; {shlex.quote(f'--init_from={latest}')} starts a new "
+                                'run from it')
         cfg = replace(cfg, **old | given | dict(out_dir=cfg.out_dir))
         if done > cfg.max_iters:
             raise UserError(f'--max_iters={cfg.max_iters}: {cfg.out_dir} has done {done} steps')
@@ -448,12 +436,7 @@ def resume_words(cfg):
 
 def is_gpt2(source):
     """Whether source names GPT-2's weights, or a folder of them."""
-    return str(source) in GPT2 or has_weights(source)
-
-
-def has_weights(folder):
-    names = 'pytorch_model.bin', 'model.safetensors'
-    return any(Path(folder, name).exists() for name in names)
+    return str(source) in GPT2 or any(Path(source).glob('*model.*'))
 
 
 def load_checkpoint(path):
@@ -479,7 +462,7 @@ def new_gpt(model_args, weights=None):
         if weights is not None:
             model.load_state_dict(weights)
     except (ValueError, TypeError, RuntimeError) as error:
-        raise UserError(said(error))
+        raise UserError(' '.join(str(error).split()))
     return model
 
 
@@ -502,10 +485,12 @@ def make_model(cfg, tok, checkpoint, meta_every):
     args = {key: getattr(cfg, key) for key in MODEL_KEYS}
     args |= dict(vocab_size=math.ceil(tok.n_vocab / 64) * 64, meta_id=meta_token(tok),
                  meta_every=meta_every)
+    if cfg.yarn_scale == 1:
+        args['yarn_orig_block_size'] = cfg.block_size  # which a later stretch starts from
     if checkpoint is None:
         if cfg.yarn_scale != 1:
             raise UserError('--yarn_scale stretches a trained model: name it with --init_from=')
-        return new_gpt(args | dict(yarn_orig_block_size=cfg.block_size))
+        return new_gpt(args)
 
     if tok.name != checkpoint['tokenizer']:
         raise UserError(f"tokens of {tok.name} are asked for, and the checkpoint knows those of "
@@ -517,8 +502,6 @@ def make_model(cfg, tok, checkpoint, meta_every):
     for key in MODEL_KEYS:
         if args[key] != old[key] and key not in free:
             raise UserError(f'--{key}={args[key]}: the checkpoint has {old[key]}, which stays')
-    if args['yarn_scale'] != old['yarn_scale'] and old['yarn_scale'] == 1:
-        args['yarn_orig_block_size'] = old['block_size']
     if old['pos'] == 'ape':
         if cfg.block_size > old['block_size']:
             raise UserError(f'--block_size={cfg.block_size}: the checkpoint has learned positions, '
@@ -580,7 +563,7 @@ def load_gpt2(source):
     """
     try:
         folder = source
-        if not has_weights(source):
+        if str(source) in GPT2:
             from huggingface_hub import snapshot_download  # which comes with datasets
             folder = snapshot_download(f'openai-community/{source}',
                                        allow_patterns=['config.json', 'pytorch_model.bin'])
@@ -617,14 +600,11 @@ class Machine:
     """The device, the precision of matrix products, and which of torchrun's processes this is."""
 
     def __init__(self, device='auto', dtype='auto'):
-        self.rank, self.world = 0, 1
-        if dist.is_torchelastic_launched():
-            self.rank, self.world = int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])
-        name = device
+        self.rank, self.world, name = 0, 1, device
         if device == 'auto':
             name = torch.accelerator.current_accelerator(check_available=True) or 'cpu'
-        if str(name) == 'cuda' and dist.is_torchelastic_launched():
-            name = f"cuda:{os.environ['LOCAL_RANK']}"
+        if str(name) == 'cuda':  # torchrun numbers its processes
+            name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         try:
             self.device = torch.device(name)
             torch.ones(1, device=self.device)
@@ -634,15 +614,16 @@ class Machine:
         if self.type == 'cpu':
             self.name = f'cpu, {torch.get_num_threads()} threads (OMP_NUM_THREADS=n sets them)'
         if self.type == 'cuda':
-            torch.cuda.set_device(self.device.index or 0)
+            torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision('high')
             self.name = torch.cuda.get_device_name()
             best = 'bfloat16' if torch.cuda.get_device_capability() >= (8, 0) else 'float16'
-        self.dtype, self.autocast = best if dtype == 'auto' else dtype, nullcontext()
-        if self.dtype != 'float32':
-            self.autocast = torch.autocast(self.type, getattr(torch, self.dtype))
+        self.dtype = best if dtype == 'auto' else dtype
+        self.autocast = torch.autocast(self.type, getattr(torch, self.dtype),
+                                       enabled=self.dtype != 'float32')
         if dist.is_torchelastic_launched():
             dist.init_process_group('nccl' if self.type == 'cuda' else 'gloo')
+            self.rank, self.world = dist.get_rank(), dist.get_world_size()
 
     def say(self, words):
         """Prints on the first process."""

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # the scripts import each other from the root
 if (cache := ROOT.parent / 'shared/data/tiktoken_cache').exists():
     os.environ.setdefault('TIKTOKEN_CACHE_DIR', str(cache))
-os.environ['HF_HUB_OFFLINE'] = '1'
+os.environ |= dict(HF_HUB_OFFLINE='1', HF_HUB_CACHE=os.devnull)  # whatever is stored here
 torch.set_num_threads(1)       # small tensors: a second thread costs more than it gives
 
 import prepare  # noqa: E402
@@ -37,9 +37,9 @@ def empty_folder(tmp_path, monkeypatch):
 @pytest.fixture
 def cli():
     """cli('train.py', '--max_iters=5', ...) runs a script in a process of its own."""
-    def call(script, *args, code=0, launcher=(), **environment):
+    def call(script, *args, code=0, **environment):
         environment = {**os.environ, 'OMP_NUM_THREADS': '1', **environment}
-        command = [sys.executable, *launcher, str(ROOT / script), *args]
+        command = [sys.executable, str(ROOT / script), *args]
         result = subprocess.run(command, env=environment, capture_output=True, text=True,
                                 timeout=240)
         assert result.returncode == code, f'{result.stdout}\n{result.stderr}'
@@ -76,13 +76,20 @@ def refused(inside):
     return call
 
 
-def make_toy(folder):
-    """folder/data/toy: fifty words, again and again. (Their letters are eight bytes long.)"""
-    toy = Path(folder, 'data/toy')
+def tokenizer_or_skip(name):
+    try:
+        return prepare.get_tokenizer(name)
+    except prepare.UserError as error:
+        pytest.skip(str(error))
+
+
+def make_toy(folder, name='toy', n_val=400):
+    """folder/data/NAME: fifty words, again and again. (Their letters are eight bytes long.)"""
+    toy = Path(folder, 'data', name)
     toy.mkdir(parents=True)
     rng = np.random.default_rng(0)
     words = [bytes(rng.integers(97, 123, n)) for n in rng.integers(2, 8, 50)]
-    for split, n in ('train', 4000), ('val', 400):
+    for split, n in ('train', 4000), ('val', n_val):
         text = b' '.join(words[i] for i in rng.integers(0, 50, n))
         np.frombuffer(text, np.uint8).astype('<u2').tofile(toy / f'{split}.bin')
     (toy / 'data.json').write_text(json.dumps({'tokenizer': 'bytes'}))

@@ -10,7 +10,6 @@ limit of seconds. A line is printed as each ends, and the ends of all outputs at
 gets summary.txt and outputs.txt, which are whole whenever the time runs out. A line of an output
 begins with its second: so one sees when a first step was done.
 """
-import os
 import shutil
 import signal
 import subprocess
@@ -112,8 +111,8 @@ class Bench:
                 return
             # `timeout` ends it even where this process was killed.
             words = ['timeout', '--kill-after=15', f'{limit:.0f}', sys.executable, *command.split()]
-            process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True,
-                                       stderr=subprocess.STDOUT, start_new_session=True)
+            process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE,
+                                       stderr=subprocess.STDOUT, text=True)
             self.running.add(process)
             output = ''.join(f'{time.time() - start:5.1f} {line}' for line in process.stdout)
             process.wait()
@@ -127,15 +126,6 @@ class Bench:
                 self.failed += 1
                 return
 
-    def stop(self):
-        """Asks first: torchrun ends its own processes, which are in other groups."""
-        for number, patience in (signal.SIGTERM, 15), (signal.SIGKILL, 0):
-            for process in list(self.running):
-                os.killpg(process.pid, number)
-            end = time.time() + patience
-            while self.running and time.time() < end:
-                time.sleep(0.1)
-
 
 def main():
     cfg, _ = parse_config(GpuConfig, doc=__doc__)
@@ -148,7 +138,8 @@ def main():
                 list(pool.map(bench.run_chain, group))
         finally:
             bench.end = 0
-            bench.stop()
+            for process in list(bench.running):
+                process.terminate()  # `timeout` hands it on, and kills after 15 seconds
     for text in (bench.out / 'outputs.txt').read_text().split('\nexit '):
         print('-' * 80, *text.splitlines()[:1], *text.splitlines()[1:][-8:], sep='\n')
     if bench.failed:

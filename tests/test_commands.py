@@ -12,9 +12,8 @@ import finetune
 import gpu
 import prepare
 import train
-from conftest import ROOT
+from conftest import ROOT, make_toy
 from prepare import parse_config
-from test_results import write_letters
 
 CONFIGS = {
     'train.py': (train.TrainConfig, train.PRESETS),
@@ -65,8 +64,7 @@ def run(inside):
     """run('python train.py ...') runs a command that was printed, for a short time."""
     def call(command, *more):
         script, *settings = shlex.split(command.removeprefix('python '))
-        small = [] if '--init_from=resume' in settings else SMALL[script]
-        return inside(script, *settings, *small, *more).out
+        return inside(script, *settings, *SMALL[script], *more).out
     return call
 
 
@@ -80,7 +78,7 @@ def text(tmp_path):
         (tmp_path / f'books/{n}.txt').write_bytes(letters.tobytes())
 
 
-def test_from_text_to_recall(run, refused, inside, text, tmp_path):
+def test_from_text_to_recall(run, refused, text, tmp_path):
     """Each command is what the one before proposes."""
     printed = run('python prepare.py --source=books/ --tokenizer=bytes')
     train_it = re.search('next: (python train.py .*)', printed)[1]
@@ -96,46 +94,12 @@ def test_from_text_to_recall(run, refused, inside, text, tmp_path):
     assert list((tmp_path / 'out/books-list_recall/eval').glob('tasks*.png'))
 
 
-def test_ways_on_from_a_folder_that_holds_a_run(run, refused, text, tmp_path):
-    run('python prepare.py --source=books/ --tokenizer=bytes')
-    start = 'python train.py --dataset=books --out_dir=out/a'
-    run(start)
-    said = refused(*shlex.split(start)[1:], *SMALL['train.py'])
-    resume, elsewhere = re.search(r'\((--init_from=resume .*?)\)', said)[1], '--out_dir=out/NAME'
-    assert 'iter      4/4' in run(f'python train.py {resume}', '--max_iters=4', '--log_interval=1')
-    assert elsewhere in said and '--overwrite=True' in said
-    run(start.replace('out/a', 'out/NAME'))
-    run(f'{start} --overwrite=True')
-
-
-def test_a_new_run_from_a_run_on_other_text(run, refused, text, tmp_path):
-    run('python prepare.py --source=books/ --tokenizer=bytes')
-    run('python prepare.py --source=books/ --tokenizer=bytes --name=other')
-    run('python train.py --dataset=books --out_dir=out/a')
-    resume = 'train.py --init_from=resume --out_dir=out/a --dataset=other'
-    new = re.search('(--init_from=.*?) starts a new run', refused(*resume.split()))[1]
-    run(f'python train.py --dataset=other {new}')
-    assert (tmp_path / 'out/tiny/best.pt').exists()
-
-
-def test_what_is_missing_is_made(refused):
-    assert 'out/tiny/best.pt' in refused('finetune.py')
-    assert 'out/tiny/best.pt' in refused('evaluate.py', 'perplexity')
+def test_what_is_missing_is_made():
     with pytest.raises(prepare.UserError) as missing:
         prepare.load_data('stdlib')
     make_it = re.search('(python prepare.py.*)', str(missing.value))[1]
     assert commands_in(make_it) == [('prepare.py', ['--source=stdlib', '--tokenizer=bytes',
                                                     '--name=stdlib'])]
-
-
-def test_prompts_that_are_too_long_are_made_to_fit(run, refused, text, tmp_path):
-    run('python prepare.py --source=books/ --tokenizer=bytes')
-    run('python train.py --dataset=books --out_dir=out/a --block_size=64')
-    teach = 'python finetune.py --init_from=out/a/best.pt --train_length=128'
-    said = refused(*shlex.split(teach)[1:])
-    stretch = re.search(r'\((--block_size=.*?)\)', said)[1]
-    run(f'{teach} {stretch}')
-    assert (tmp_path / 'out/a-list_recall/ckpt.pt').exists()
 
 
 @pytest.mark.parametrize('tiny', [False, True])
@@ -159,8 +123,8 @@ NOT_HERE = '--max_tokens=1e9', '--init_from=gpt2', 'torchrun'  # a network, seve
 
 def test_readmes_commands_run_one_after_another(inside, text, tmp_path):
     """Each as it stands there, but for a short time."""
-    write_letters(tmp_path / 'data/stdlib')
-    write_letters(tmp_path / 'data/c4')
+    make_toy(tmp_path, 'stdlib')
+    make_toy(tmp_path, 'c4')
     (tmp_path / 'texts').mkdir()
     lines = [json.dumps({'text': 'abc ' * 200}) for _ in range(50)]
     (tmp_path / 'texts/a.jsonl').write_text('\n'.join(lines))

@@ -10,26 +10,19 @@ import numpy as np
 import pytest
 import torch
 
-import train
-from conftest import ROOT, SMALL_TASK, checkpoint, log
+import finetune
+from conftest import ROOT, SMALL_TASK, checkpoint, log, tokenizer_or_skip
 from finetune import (TASKS, WORDS, FinetuneConfig, Recall, examples, grade, make_example,
                       phase_lengths, show_answers, width_for)
-from model import GPT, GPTConfig
-from prepare import META, UserError, get_tokenizer, meta_token
+from prepare import META, get_tokenizer, meta_token
+from test_evaluate import random_model
+from test_train import assert_same_run
 from train import Machine, load_model
 
 TOK = get_tokenizer('bytes')
 META_ID = meta_token(TOK)
 SCRATCH = ('--init_from=scratch', '--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=48',
            *SMALL_TASK, '--gradient_accumulation_steps=2', '--max_iters=8')
-TORCHRUN = '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2'
-
-
-def tokenizer_or_skip(name):
-    try:
-        return get_tokenizer(name)
-    except UserError as error:
-        pytest.skip(str(error))
 
 
 def example(task, length, seed, tok=TOK, markers='task'):
@@ -39,16 +32,6 @@ def example(task, length, seed, tok=TOK, markers='task'):
 def shown(ids, tok=TOK):
     """ids as text, in which · stands for the meta-token."""
     return tok.decode(ids).replace(META, '·')
-
-
-def eager_model(**kwargs):
-    """With weights so large that its logits differ, and that meta-attention matters."""
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(vocab_size=320, n_layer=2, n_head=2, n_embd=32, meta_id=257, **kwargs))
-    with torch.no_grad():
-        for p in model.parameters():
-            p *= 4
-    return model
 
 
 def recall(**kwargs):
@@ -118,6 +101,16 @@ def test_answers_are_right(task, name):
             assert 0.75 * length <= len(prompt) <= length
             assert len(prompt) + len(answer) - 1 <= width_for(task, length)
             assert meta_token(tok) not in answer and prompt[-1] != meta_token(tok)
+
+
+@pytest.mark.parametrize('text, pattern', [
+    ((ROOT / 'README.md').read_text(), r'^[|] `(\w+)` [|] `(.*?)` [|] `(.*?)`'),
+    (finetune.__doc__, r'^    (\w+) +(\S.*[?]) +-> (.*)$')])
+def test_examples_in_words_are_right(text, pattern):
+    found = re.findall(pattern, text, re.M)
+    assert [task for task, _, _ in found] == [*TASKS]
+    for task, prompt, answer in found:
+        assert solve(task, prompt.replace('⏎', '\n')) == f' {answer}\n'
 
 
 @pytest.mark.parametrize('task, chance', [
@@ -268,7 +261,7 @@ def test_grade_is_what_greedy_decoding_gives():
     Of answers that the model itself would give, of those with another last token, and of the
     task's. There are more rows than grade takes at a time. Spaces and newlines are no hits.
     """
-    model, rows = eager_model().eval(), []
+    model, rows = random_model(4, n_embd=32), []
     for seed in range(8):
         prompt, answer = example('copying', 40, seed)
         own = greedy(model, prompt, len(answer))
@@ -291,7 +284,7 @@ def test_grade_is_what_greedy_decoding_gives():
 
 def test_evaluate_is_the_mean_over_held_out_prompts():
     """The loss over answer tokens, exact match over prompts, without dropout."""
-    model = eager_model(dropout=0.5).eval()
+    model = random_model(4, n_embd=32, dropout=0.5)
     task = recall(task='copying', eval_examples=8, train_length=40)
     for i in 0, 5, 7:                                          # the model is right three times
         prompt, answer = task.held_out[i]
@@ -318,35 +311,14 @@ def test_a_task_is_learned(inside):
     assert '(right)' in out and 'evaluate.py tasks --ckpt=out/scratch-parity/best.pt' in out
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(inside, monkeypatch):
+def test_a_resumed_run_is_the_uninterrupted_one(inside):
     """With dropout and other marks, in the middle of the curriculum."""
-    args = 'finetune.py', *SCRATCH, '--markers=end', '--dropout=0.1'
+    args = 'finetune.py', *SCRATCH, '--markers=end', '--dropout=0.1', '--lr_decay_iters=8'
     inside(*args, '--out_dir=out/whole')
-
-    def save_and_die(*args, save=train.save):
-        save(*args)
-        raise KeyboardInterrupt
-    with monkeypatch.context() as patch:
-        patch.setattr(train, 'save', save_and_die)
-        inside(*args, '--out_dir=out/part', code=130)
-    assert checkpoint('out/part')['iter_num'] == 4
-    out = inside('finetune.py', '--init_from=resume', '--out_dir=out/part').out
+    inside(*args, '--max_iters=4', '--out_dir=out/part')
+    out = inside('finetune.py', '--init_from=resume', '--max_iters=8', '--out_dir=out/part').out
     assert re.search(r'Item \d of [A-Z]\?·', out)
-    columns = 'iter', 'train_loss', 'val_loss', 'exact_match', 'grad_norm', 'lr', 'tokens'
-    assert log('out/whole', *columns) == log('out/part', *columns)
-    whole, part = checkpoint('out/whole')['model'], checkpoint('out/part')['model']
-    assert all(torch.equal(whole[name], part[name]) for name in whole)
-
-
-def test_two_processes_are_one(cli, inside):
-    """Also where meta-attention is not used."""
-    args = 'finetune.py', *SCRATCH, '--markers=none', '--max_iters=4'
-    inside(*args, '--out_dir=out/one')
-    cli(*args, '--out_dir=out/two', launcher=TORCHRUN)
-    one, two = (log(f'out/{name}', 'train_loss', 'val_loss', 'exact_match', 'tokens')
-                for name in ('one', 'two'))
-    for a, b in zip(one, two, strict=True):
-        assert [float(x or 0) for x in a] == pytest.approx([float(x or 0) for x in b], rel=1e-4)
+    assert_same_run('out/part', 'out/whole')
 
 
 def test_from_a_checkpoint(inside, trained_once):
@@ -380,18 +352,12 @@ TAUGHT = '--init_from=resume', '--out_dir=out/tiny-list_recall'
     *(((*SCRATCH, f'--task={task}', f'--markers={markers}'), f'{markers}: {task} cannot be asked')
       for task, markers in CANNOT),
     ((*SCRATCH, '--train_length=47'), 'shorten it, or train a model with a longer --block_size'),
-    (('--init_from=out/no/best.pt',), 'no checkpoint out/no/best.pt'),
     (('--init_from=resume', '--task=parity'), 'no checkpoint out/tiny-parity/ckpt.pt'),
     ((*TAUGHT, '--task=copying'), 'the run in out/tiny-list_recall has list_recall, which stays'),
-    ((*TAUGHT, '--markers=none'), 'the run in out/tiny-list_recall has task, which stays'),
-    (('--init_from=resume', '--out_dir=out/tiny'), 'another script'),
-    ((*SMALL_TASK, '--out_dir=out/tiny-list_recall'), 'holds a run'),
-    ((*SMALL_TASK, '--n_layer=3', '--out_dir=out/x'), '--n_layer=3: the checkpoint has 2'),
     (('--task=sorting',), 'list_recall'),
     ((*SCRATCH, '--eval_examples=0'), 'eval_examples'),
     ((*SCRATCH, '--task=parity', '--train_length=8'), 'take a length of 10 or more'),
     ((*SCRATCH, '--task=parity', '--train_length=14'), 'too few different prompts'),
-    (('--train_lenght=8',), 'did you mean --train_length'),
 ])
 def test_refusals(refused, trained, args, words):
     """Nothing is written."""
