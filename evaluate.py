@@ -312,9 +312,10 @@ def window_losses(machine, m, tokens, T, n_meta):
         valid = (targets >= 0) & (token > start) & (token <= last)
         idx, targets = machine.to_device(idx, targets)
         with torch.no_grad():
-            logits = m.model.lm_head(m.model.hidden(idx, n_meta=n_meta))        # (B, T, vocab_size)
-        nats = F.cross_entropy(logits.mT, targets, ignore_index=-1, reduction='none')
-        nats = nats.cpu().numpy().astype(float)                 # (B, T)
+            x = m.model.hidden(idx, n_meta=n_meta).flatten(0, 1)  # (B * T, C)
+            nats = F.cross_entropy(m.model.lm_head(x), targets.flatten(), ignore_index=-1,
+                                   reduction='none')
+        nats = nats.view_as(targets).cpu().numpy().astype(float)  # (B, T)
         yield np.where(valid, nats, np.nan), valid & (token > before)
 
 # ------------------------------------------------------------------------------
