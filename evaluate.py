@@ -12,8 +12,8 @@ Measure a trained model, one sub-command each; -h behind it lists its settings.
     python evaluate.py sample --ckpt=out/tiny/best.pt --prompt="def "   # text
 
 A measure is a function and a row of COMMANDS, last in this file. It returns what it found, whose
-rows are printed as a table, and a function that draws it. Both go to the folder eval/ beside the
-checkpoint, the first where there are several. An interval is [value, low, high], of 95%.
+rows are printed as a table, and a function that draws it. Both go to the folder eval/ of the
+checkpoint's run, the first where there are several. An interval is [value, low, high], of 95%.
 """
 import json, math, os, re, sys, zlib
 from collections import Counter, defaultdict
@@ -42,7 +42,7 @@ from train import (Machine, encode_prompt, load_checkpoint, new_gpt, printable, 
 
 @dataclass
 class EvalConfig:
-    ckpt: str = 'out/tiny/best.pt'  # a checkpoint, or gpt2; several, with commas, side by side
+    ckpt: str = 'out/tiny/best.pt'  # a checkpoint, or gpt2; most take several, with commas between
     yarn_scale: float = 1.0      # stretch the block of a RoPE model so many times, untrained for it
     device: str = 'auto'         # auto | cpu | cuda | mps
 
@@ -65,9 +65,9 @@ def load_models(cfg, machine):
     names = [cfg.ckpt] if Path(cfg.ckpt).exists() else cfg.ckpt.split(',')
     models, paths = [], [Path(name) for name in names]
     runs = [run_folder(path).name for path in paths]
-    for path, run in zip(paths, runs):
-        checkpoint = load_checkpoint(path)
-        name = run if runs.count(run) == 1 else str(path)
+    for name, path, run in zip(names, paths, runs):
+        checkpoint = load_checkpoint(name)
+        name = run if runs.count(run) == 1 else name
         args = checkpoint['model_args']
         if cfg.yarn_scale != 1:
             if args['yarn_scale'] != 1:
@@ -100,7 +100,7 @@ def publish(cfg, given, command, models, found, draw):
     measured = '-'.join([command, *words])
     name = re.sub(r'[^\w.,=-]+', '_', measured)[:140]
     if name != measured:                                        # else a/b would be a_b
-        name += f'-{zlib.crc32(measured.encode())}'
+        name += f"-{zlib.crc32(measured.encode(errors='replace'))}"
     folder = run_folder(models[0].path) / 'eval'
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(dict(settings=asdict(cfg), **found), default=lambda array: array.tolist())
@@ -224,8 +224,9 @@ class PerplexityConfig(EvalConfig):
 
 def perplexity(cfg, machine, models):
     """Perplexity on the text tokens of documents, without and with meta-tokens among them."""
-    text = cfg.text or f"data/{Path(models[0].trained.get('dataset', '')).name}"
-    if text == 'data/':
+    dataset = models[0].trained.get('dataset', '').removeprefix('data/')
+    text = cfg.text or str(Path('data', dataset))
+    if not (cfg.text or dataset):
         raise UserError('--text=: say which text, as this model was trained on none')
     tokens, rows, curves = read_text(text, models[0].tok, cfg.max_tokens), [], []
     for m in models:
@@ -247,8 +248,9 @@ def perplexity(cfg, machine, models):
 
 def read_text(text, tok, max_tokens):
     """(n,) ids of the validation text of data/NAME, or of local files, joined by end-of-text."""
-    if Path(text, 'val.bin').exists():
-        data = load_data(text)
+    folder = Path(text) if Path(text).exists() else Path('data', text)
+    if (folder / 'val.bin').exists():
+        data = load_data(str(folder.absolute()))
         if data.tok.name != tok.name:
             raise UserError(f'{text} holds tokens of {data.tok.name}, the model knows those of '
                             f'{tok.name}: name another text with --text=')
@@ -261,8 +263,8 @@ def read_text(text, tok, max_tokens):
                     documents.append(np.append(encode(tok, document), tok.eot_token))
             except ValueError as error:
                 raise UserError(f'{path}: {error}')
-        if not documents:
-            raise UserError(f'--text={text}: there is no text')
+        if sum(map(len, documents)) < 3:
+            raise UserError(f'--text={text}: no text of two tokens or more')
     if max_tokens:  # a model predicts worse where it has read little: 1024 or more of each
         share = max(max_tokens // len(documents), 1024)
         documents = [ids[:share + 1] for ids in documents]
@@ -787,7 +789,7 @@ class SampleConfig(EvalConfig):
     max_new_tokens: int = 0      # in each, at most; 0: to the end of the block that it has learned
     temperature: float = 0.8     # 0: always the likeliest token
     top_k: int = 200             # from so many likeliest tokens only; 0: all
-    meta_every: int = None       # a meta-token after so many tokens; 0: none; None: as in training
+    meta_every: int = None       # a meta-token after so many tokens; 0: none; else as in training
     show_meta: bool = False      # show the meta-tokens, as ·
     seed: int = 1337             # decides them
 

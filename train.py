@@ -13,6 +13,7 @@ validation loss). Everything random is a function of (seed, iteration): the data
 positions, dropout. So a resumed run is the uninterrupted one: on a CPU bit for bit.
 """
 import csv, json, math, os, re, shlex, shutil, signal, sys, time, traceback
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -25,7 +26,7 @@ import torch.distributed as dist
 from model import GPT, GPTConfig
 from prepare import (END_OF_TEXT, META, Blocks, PrepareConfig, UserError, encode, get_tokenizer,
                      load_data, meta_count, meta_token, parse_config, positive, prepare,
-                     run_script, said, token_bytes)
+                     run_script, said, share, token_bytes)
 
 
 @dataclass
@@ -48,7 +49,7 @@ class RunConfig:
     n_layer: positive = 3        # blocks
     n_head: positive = 4         # heads in each attention
     n_embd: positive = 128       # channels
-    dropout: float = 0.0         # in training only
+    dropout: share = 0.0         # in training only
     bias: bool = False           # in linear layers and layer norms
     pos: Literal['rope', 'ape', 'none'] = 'rope'  # positions: rotary, learned (GPT-2's), or none
     meta_attn: bool = True       # the second attention, among meta-tokens
@@ -60,8 +61,8 @@ class RunConfig:
     warmup_iters: int = 50       # steps of linear rise to the peak
     lr_decay_iters: int = 0      # steps until the end of the cosine; 0: max_iters
     weight_decay: float = 0.1    # on matrices only
-    beta1: float = 0.9           # AdamW's
-    beta2: float = 0.95          # AdamW's
+    beta1: share = 0.9           # AdamW's
+    beta2: share = 0.95          # AdamW's
     grad_clip: float = 1.0       # clip the gradient's norm there; 0: never
     # the machine
     device: str = 'auto'         # auto | cpu | cuda | cuda:1 | mps
@@ -116,7 +117,7 @@ def train_step(it, cfg, machine, model, optimizer, scaler, micro_batches):
         loss_sum += loss.detach()
     if dist.is_initialized():                                  # add up what the processes have
         for p in model.parameters():
-            if p.grad is not None:                             # as where no row has a meta-token
+            if p.grad is not None:                             # None: no row has a meta-token
                 dist.all_reduce(p.grad)
 
     scaler.unscale_(optimizer)
@@ -220,8 +221,9 @@ def fit(cfg, machine, model, task, checkpoint=None):
     Trains a model on a task, and validates, logs and saves on the way.
 
     A task has batch(i), which makes micro-batch i of the run whoever asks: idx and targets, two
-    int64 arrays (B, T); evaluate(model), which returns a dict with a val_loss; tok, its tokenizer;
-    and about, which a run that goes on must find again. checkpoint: where that run stopped.
+    int64 arrays (B, T), all with meta-tokens or all without; evaluate(model), which returns a dict
+    with a val_loss; tok, its tokenizer; and about, which a run that goes on must find again.
+    checkpoint: where that run stopped.
     Ctrl-C, SIGTERM or SIGHUP finishes the step, saves and exits; a second one ends the process.
     Raises UserError at the first step without a finite loss and gradient.
     """
@@ -238,6 +240,7 @@ def fit(cfg, machine, model, task, checkpoint=None):
         resumed_at = at['iter_num']
     if cfg.compile and machine.type == 'cuda':
         compile_blocks(model)
+    machine.sum(0)  # all have looked at the folder
     log = open_log(cfg, at['log']) if machine.rank == 0 else None
     signals, stopping, row = catch_signals(), 0, {}
     clock, before = time.perf_counter(), dict(at)
@@ -389,8 +392,8 @@ def finish(cfg, machine, sample, *next_commands):
 # Checkpoints, and the settings of a run, new or resumed
 
 MAY_CHANGE = {'init_from', 'out_dir', 'overwrite', 'max_iters', 'eval_interval', 'log_interval',
-              'learning_rate', 'min_lr', 'warmup_iters', 'lr_decay_iters', 'weight_decay', 'beta1',
-              'beta2', 'grad_clip', 'device', 'dtype', 'compile'}  # in a run that is resumed
+              'learning_rate', 'min_lr', 'warmup_iters', 'lr_decay_iters', 'grad_clip', 'device',
+              'dtype', 'compile'}  # in a run that is resumed
 
 
 def open_run(cfg, given, presets, inherited):
@@ -405,7 +408,7 @@ def open_run(cfg, given, presets, inherited):
     if cfg.init_from == 'resume':
         checkpoint = load_checkpoint(latest)
         old, done = checkpoint['config'], checkpoint['iter_num']
-        if other := old.keys() ^ asdict(cfg).keys():
+        if other := old.keys() ^ asdict(cfg).keys() | {'log'} - checkpoint.keys():
             raise UserError(f'{cfg.out_dir} holds a run of another script, or of older code: they '
                             f"differ in the settings {', '.join(sorted(other))}")
         for key in given.keys() - MAY_CHANGE:
@@ -436,7 +439,8 @@ def resume_words(cfg):
 
 def is_gpt2(source):
     """Whether source names GPT-2's weights, or a folder of them."""
-    return str(source) in GPT2 or any(Path(source).glob('*model.*'))
+    names = 'pytorch_model.bin', 'model.safetensors'
+    return str(source) in GPT2 or any(Path(source, name).exists() for name in names)
 
 
 def load_checkpoint(path):
@@ -509,10 +513,9 @@ def make_model(cfg, tok, checkpoint, meta_every):
         weights['transformer.wpe.weight'] = weights['transformer.wpe.weight'][:cfg.block_size]
     args = old | args
     new = new_gpt(args).state_dict()
-    for name, w in new.items():
-        if '.meta_attn.c_proj.' in name:
-            w.zero_()
-        weights.setdefault(name, w)  # of a plain checkpoint, meta-attention is missing
+    for name in new.keys() - weights.keys():  # of a plain checkpoint, meta-attention is missing
+        is_output = '.c_proj.' in name
+        weights[name] = torch.zeros_like(new[name]) if is_output else new[name]
     if checkpoint['config'].get('meta_rate') == 0 and getattr(cfg, 'meta_rate', 1) > 0:
         # The token never came, so pre-training pushed it far away from those that did.
         wte = weights['lm_head.weight'].clone()
@@ -618,9 +621,9 @@ class Machine:
             torch.set_float32_matmul_precision('high')
             self.name = torch.cuda.get_device_name()
             best = 'bfloat16' if torch.cuda.get_device_capability() >= (8, 0) else 'float16'
-        self.dtype = best if dtype == 'auto' else dtype
-        self.autocast = torch.autocast(self.type, getattr(torch, self.dtype),
-                                       enabled=self.dtype != 'float32')
+        self.dtype, self.autocast = best if dtype == 'auto' else dtype, nullcontext()
+        if self.dtype != 'float32':
+            self.autocast = torch.autocast(self.type, getattr(torch, self.dtype))
         if dist.is_torchelastic_launched():
             dist.init_process_group('nccl' if self.type == 'cuda' else 'gloo')
             self.rank, self.world = dist.get_rank(), dist.get_world_size()

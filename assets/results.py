@@ -134,7 +134,7 @@ def measure(experiment, model, seed, rows):
             if (ROOT / folder / 'ckpt.pt').exists():
                 step = f'{step.split()[0]} --init_from=resume --out_dir={folder}'
             run(step)
-    path = re.search(r'written to (\S+): (\S+\.json)', run(command))
+    path = re.search(r'written to (.+)/: (\S+\.json)', run(command))
     found = json.loads(Path(ROOT, path[1], path[2]).read_text())['rows']
     if experiment.measure.startswith('tasks'):
         found.append(learned(Path(ROOT, folder, 'log.csv')))

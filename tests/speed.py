@@ -50,7 +50,7 @@ class SpeedConfig:
 
 
 PEAK_FLOPS = {  # dense 16-bit, from NVIDIA's data sheets, by a part of the card's name
-    'H200': 989e12, 'H100 80GB HBM3': 989e12, 'A100': 312e12}
+    'H200 NVL': 835e12, 'H200': 989e12, 'H100 80GB HBM3': 989e12, 'A100': 312e12}
 
 
 def dense_meta_attention(block, x, rope, is_meta, meta_at, cache=None):

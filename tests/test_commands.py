@@ -1,4 +1,4 @@
-"""The commands that the README, the scripts' own words and their last lines propose: each works."""
+"""The commands that the README, the scripts' own words and their last lines propose."""
 import itertools
 import json
 import re
@@ -94,7 +94,7 @@ def test_from_text_to_recall(run, refused, text, tmp_path):
     assert list((tmp_path / 'out/books-list_recall/eval').glob('tasks*.png'))
 
 
-def test_what_is_missing_is_made():
+def test_what_is_missing_can_be_made():
     with pytest.raises(prepare.UserError) as missing:
         prepare.load_data('stdlib')
     make_it = re.search('(python prepare.py.*)', str(missing.value))[1]

@@ -181,7 +181,7 @@ def test_matplotlibs_settings_do_not_matter(cli, runs):
     (['tasks', '--ckpt=gpt2'], 'gpt2: no GPT-2'),
     (['tasks', '--lengths=20'], 'take a length of 21 or more'),
     (['tasks', '--task=parity', '--lengths=20', '--n_examples=999'], 'or fewer examples'),
-    (['perplexity', '--text=empty.jsonl'], 'there is no text'),
+    (['perplexity', '--text=empty.jsonl'], 'no text of two tokens'),
     (['perplexity', '--text=latin.txt'], "latin.txt: 'utf-8' codec can't decode"),
     (['perplexity', f'--ckpt={TAUGHT}'], '--text=: say which text'),
     (['perplexity', '--block_size=1'], '--block_size=1'),
@@ -192,7 +192,7 @@ def test_matplotlibs_settings_do_not_matter(cli, runs):
     (['caching', f'--ckpt={TINY},{APE}'], 'one checkpoint at a time'),
     (['caching', '--n_rows=9999'], 'fewer than --n_rows=9999'),
     (['caching', '--dataset=words'], 'of gpt2'),
-    (['perplexity', '--text=data/words'], 'of gpt2'),
+    *((['perplexity', f'--text={text}'], 'of gpt2') for text in ('words', './data/words')),
     (['sharpening', '--n_rows=1'], 'nothing to measure'),
     *(([command, f'--ckpt=out/{name}/best.pt', '--n_rows=4'], 'nothing to measure')
       for command in ('caching', 'sharpening') for name in ('start', 'plain', 'unmarked')),
@@ -453,7 +453,7 @@ def test_caching_is_the_slow_one(seen):
 # rate_distortion
 
 def test_states_are_those_at_the_last_tokens(runs):
-    """Of prompts of many lengths in one batch, against one prompt at a time."""
+    """Of prompts of many lengths, against places that are looked for in a plainer way."""
     m = loaded(TAUGHT)
     states, y = evaluate.hidden_states(m, 12, 'test')
     stream = examples('list_recall', 28, 'test', [2, 0, True], TOK)

@@ -242,7 +242,7 @@ def test_yarn_golden_numbers():
         assert one == 1.0
 
 
-def test_angles_are_float32_whatever_the_model_is():
+def test_angles_are_float32():
     """bfloat16 has 8 bits: it cannot count past 256."""
     with torch.autocast('cpu', torch.bfloat16):
         cos, sin = rope_angles(torch.arange(1025)[None], GPTConfig())
