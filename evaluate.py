@@ -57,14 +57,14 @@ class Loaded(NamedTuple):
 
 def run_folder(path):
     """The folder of a checkpoint's run. GPT-2's weights have none: out/gpt2."""
-    return path.absolute().parent if path.is_file() else Path('out', path.name)
+    return path.parent if path.is_file() else Path('out', path.name)
 
 
 def load_models(cfg, machine):
     """[Loaded], of one tokenizer. A list is split at its commas, unless it is a path itself."""
     names = [cfg.ckpt] if Path(cfg.ckpt).exists() else cfg.ckpt.split(',')
     models, paths = [], [Path(name) for name in names]
-    runs = [run_folder(path).name for path in paths]
+    runs = [run_folder(path).absolute().name for path in paths]
     for name, path, run in zip(names, paths, runs):
         checkpoint = load_checkpoint(name)
         name = run if runs.count(run) == 1 else name
