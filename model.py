@@ -269,7 +269,7 @@ class GPT(nn.Module):
         for n in range(1, max_new_tokens + 1):
             if c.pos == 'ape' and idx.shape[1] > c.block_size:
                 break
-            with torch.compiler.set_stance('force_eager'), sdpa_kernel(QUICK_TO_PLAN):
+            with sdpa_kernel(QUICK_TO_PLAN):
                 x = self.hidden(new, n_meta=n_meta, cache=cache)   # of what is new alone
             logits = self.lm_head(x[:, -1])[:, :c.meta_id]         # (B, meta_id)
             new = sample(logits, temperature, top_k, generator)    # (B, 1)

@@ -67,7 +67,7 @@ class RunConfig:
     # the machine
     device: str = 'auto'         # auto | cpu | cuda | cuda:1 | mps
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of matrix products
-    compile: bool = True         # torch.compile, on CUDA
+    compile: bool = True         # torch.compile the training step, on CUDA
 
 
 @dataclass
@@ -198,10 +198,11 @@ class Pretraining:
         nats = n_targets = n_bytes = 0
         model.eval()
         for row in range(machine.rank * rows, n_rows, machine.world * rows):
-            idx, targets = self.val.batch(row, rows)  # always whole, so that compile sees one shape
+            idx, targets = self.val.batch(row, rows)
             targets[n_rows - row:] = -1  # rows beyond the last count for nothing
             with torch.no_grad(), machine.autocast:
-                loss = model(*machine.to_device(idx, targets), n_meta=self.n_meta)[1]
+                # forward is not compiled: a second graph would take longer than it saves.
+                loss = model.forward(*machine.to_device(idx, targets), n_meta=self.n_meta)[1]
             nats += loss.item() * count_targets(targets)
             n_targets += count_targets(targets)
             n_bytes += self.bytes_of[targets[targets >= 0]].sum()
@@ -239,7 +240,7 @@ def fit(cfg, machine, model, task, checkpoint=None):
         at = {key: checkpoint[key] for key in at}
         resumed_at = at['iter_num']
     if cfg.compile and machine.type == 'cuda':
-        compile_blocks(model)
+        model.compile()
     machine.sum(0)  # all have looked at the folder
     log = open_log(cfg, at['log']) if machine.rank == 0 else None
     signals, stopping, row = catch_signals(), 0, {}
@@ -293,13 +294,6 @@ def fit(cfg, machine, model, task, checkpoint=None):
 
 def in_words(row):
     return '  '.join(f'{key} {value:.6g}' for key, value in row.items())
-
-
-def compile_blocks(model):
-    """Compiles the loss, and each block: one graph serves them all, in half a minute less."""
-    model.loss = torch.compile(model.loss)
-    for block in model.transformer.h:
-        block.compile()
 
 
 def catch_signals():
@@ -712,7 +706,8 @@ def main():
     if task.n_meta and cfg.meta_placement != 'start':
         every = max(round(1 / cfg.meta_rate) - 1, 1)
     torch.manual_seed(cfg.seed)
-    model = make_model(cfg, data.tok, checkpoint, every).to(machine.device)
+    with machine.device:
+        model = make_model(cfg, data.tok, checkpoint, every)
     epochs = cfg.max_iters * cfg.batch_size * cfg.gradient_accumulation_steps / task.train.n_chunks
     describe(cfg, machine, model,
              f'data    data/{cfg.dataset}: {len(data.train):,} train tokens ({data.tok.name}), '

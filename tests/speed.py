@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the scripts are in the root
 import model  # noqa: E402
 from prepare import inject_meta_tokens, meta_count, parse_config, positive, run_script  # noqa: E402
-from train import Machine, RunConfig, compile_blocks, make_optimizer, new_gpt  # noqa: E402
+from train import Machine, RunConfig, make_optimizer, new_gpt  # noqa: E402
 
 
 @dataclass
@@ -62,12 +62,12 @@ def make_net(name, cfg, machine):
     torch.manual_seed(0)
     keys = 'block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'
     shape = dict(dropout=0.0, bias=False) | {key: getattr(cfg, key) for key in keys}
-    if name == 'nanoGPT':
-        nanogpt = runpy.run_path(f'{cfg.nanogpt}/model.py')
-        with redirect_stdout(sys.stderr):  # it prints its size
-            return nanogpt['GPT'](nanogpt['GPTConfig'](**shape)).to(machine.device)
-    shape |= dict(pos=cfg.pos, meta_attn=name != 'plain', meta_id=cfg.vocab_size - 1)
-    return new_gpt(shape).to(machine.device)
+    with machine.device, redirect_stdout(sys.stderr):  # nanoGPT prints its size
+        if name == 'nanoGPT':
+            nanogpt = runpy.run_path(f'{cfg.nanogpt}/model.py')
+            return nanogpt['GPT'](nanogpt['GPTConfig'](**shape))
+        shape |= dict(pos=cfg.pos, meta_attn=name != 'plain', meta_id=cfg.vocab_size - 1)
+        return new_gpt(shape)
 
 
 def make_step(name, net, cfg, machine):
@@ -79,17 +79,13 @@ def make_step(name, net, cfg, machine):
     text = rng.integers(0, meta_id, (cfg.batch_size, cfg.block_size - n_meta + 1))
     batch = machine.to_device(*inject_meta_tokens(text, n_meta, meta_id, rng))
     optimizer = make_optimizer(net, RunConfig())
-    compiled = net
     if cfg.compile and machine.type == 'cuda':
-        if name == 'nanoGPT':
-            compiled = torch.compile(net)  # as its train.py does
-        else:
-            compile_blocks(net)
+        net.compile()
 
     def step():
         swapped = patch.object(model, 'add_meta_attention', dense_meta_attention)
         with swapped if name == 'dense' else nullcontext(), machine.autocast:
-            loss = compiled(*batch, **known)[1]
+            loss = net(*batch, **known)[1]
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
