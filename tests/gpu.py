@@ -58,17 +58,21 @@ def groups_of(cfg):
                 f'--lengths={lengths} --n_examples={max(500 // n, 5)}')
 
     paper, tiny = f'{cfg.runs}/paper', f'{cfg.runs}/tiny'
-    beside = f' --nanogpt={cfg.nanogpt}' if cfg.nanogpt else ''
-    speed = f'tests/speed.py --runs={3 if cfg.tiny else 20}{small}'
-    bottlenecks = '--n_train=50 --n_test=20 --n_steps=9' if cfg.tiny else '--n_seeds=1'
     batches = (2,) if cfg.tiny else (12, 24, 48)
+
+    def speed(batch, runs):
+        beside = f' --nanogpt={cfg.nanogpt}' if cfg.nanogpt and batch == batches[0] else ''
+        return (f'tests/speed.py --models=plain,meta --runs={3 if cfg.tiny else runs}{small} '
+                f'--batch_size={batch}{beside}')
+
+    bottlenecks = '--n_train=50 --n_test=20 --n_steps=9' if cfg.tiny else '--n_seeds=1'
     short = f'--max_iters={1700 // n} --overwrite=True{cpu}'
     yield [  # does it work?
-        [(150, train('paper', 100)),
-         (60, f'train.py --init_from=resume --out_dir={paper} --max_iters={max(110 // n, 3)}')],
+        [(200, train('paper', 100)),
+         (90, f'train.py --init_from=resume --out_dir={paper} --max_iters={max(110 // n, 3)}')],
         [(150, f'train.py --out_dir={tiny} {short}'), (120, teach('tiny', 200, ''))],
-        [(150, '-m torch.distributed.run --standalone --nproc_per_node=1 ' + train('one', 20))],
-        [] if cfg.tiny else [(150, train('float16', 20, '--dtype=float16'))]]
+        [(200, '-m torch.distributed.run --standalone --nproc_per_node=1 ' + train('one', 20))],
+        [] if cfg.tiny else [(200, train('float16', 20, '--dtype=float16'))]]
     yield [
         [(90, f'evaluate.py sample --ckpt={paper}/best.pt --show_meta=True{cpu}')],
         [(120, teach('paper', 60, '--train_length=128 --learning_rate=1e-4 --min_lr=1e-5')),
@@ -76,18 +80,19 @@ def groups_of(cfg):
         [(90, grade('tiny', '64,128'))],
         *[[(90, f'evaluate.py {measure} --ckpt={tiny}/best.pt{cpu}')]
           for measure in ('perplexity', 'sharpening', 'caching', 'theory')],
-        *[[(90, f'evaluate.py {measure} --ckpt={tiny}-list_recall/best.pt{cpu} {few}')]
-          for measure, few in (('attention', ''), ('rate_distortion', bottlenecks))]]
+        *[[(120, f'evaluate.py {measure} --ckpt={tiny}-list_recall/best.pt{cpu} {few}')]
+          for measure, few in (('attention', ''), ('rate_distortion', bottlenecks))],
+        *[[(150, speed(batch, 1))] for batch in batches]]  # torch keeps what it compiles there
     for batch in batches:  # what does it cost?
-        which = 'plain,meta' + (beside if batch == batches[0] else '')
-        yield [[(120, f'{speed} --models={which} --batch_size={batch}')]]
+        yield [[(90, speed(batch, 20))]]
     prompts = '16,64' if cfg.tiny else '16,900'
-    yield [[(90, f'{speed} --mode=generate --models=plain,meta --prompts={prompts}')]]
+    yield [[(90, f'{speed(1, 20)} --mode=generate --prompts={prompts}')]]
     models = {'meta': '', 'pause': '--meta_attn=False', 'gpt2': '--meta_rate=0 --meta_attn=False',
               'same-size': '--meta_rate=0 --meta_attn=False --n_layer=4'}
     if cfg.tiny:
         models = {'meta': ''}
-    yield [[(200, f'train.py --out_dir={cfg.runs}/{name}-{seed} --seed={seed} {short} {more}'),
+    short += ' --compile=False'
+    yield [[(100, f'train.py --out_dir={cfg.runs}/{name}-{seed} --seed={seed} {short} {more}'),
             (300, teach(f'{name}-{seed}', 3000, f'--seed={seed}')),
             (60, grade(f'{name}-{seed}', '64,96,128,192'))]
            for seed in (1337, 1338)[:1 if cfg.tiny else 2] for name, more in models.items()]
