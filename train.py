@@ -240,6 +240,7 @@ def fit(cfg, machine, model, task, checkpoint=None):
         at = {key: checkpoint[key] for key in at}
         resumed_at = at['iter_num']
     if cfg.compile and machine.type == 'cuda':
+        machine.say('the first step compiles the model, which takes a minute or two')
         model.compile()
     machine.sum(0)  # all have looked at the folder
     log = open_log(cfg, at['log']) if machine.rank == 0 else None
