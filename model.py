@@ -210,11 +210,7 @@ class GPT(nn.Module):
         x = self.hidden(idx, zero_meta, n_meta)
         if targets is None:
             return self.lm_head(x[:, [-1]]), None
-        return None, self.loss(x, targets)
-
-    def loss(self, x, targets):
-        """The mean loss in nats of hidden states x (B, T, C), over the targets (B, T) from 0 on."""
-        return cross_entropy(x, self.lm_head.weight, targets)
+        return None, cross_entropy(x, self.lm_head.weight, targets)
 
     def hidden(self, idx, zero_meta=None, n_meta=None, cache=None):
         """
@@ -362,8 +358,7 @@ class Linear(nn.Linear):
     many rows. Here each thread reads a share of the weights, once.
     """
     def forward(self, x):
-        training = torch.is_grad_enabled() or torch.compiler.is_compiling()
-        if training or x.device.type != 'cpu' or torch.is_autocast_enabled('cpu'):
+        if torch.is_grad_enabled() or x.device.type != 'cpu' or torch.is_autocast_enabled('cpu'):
             return super().forward(x)
         n, C = torch.get_num_threads(), self.in_features
         if x.numel() > 8 * C or self.out_features % n:         # more than 8 rows
