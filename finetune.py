@@ -204,7 +204,7 @@ class FinetuneConfig(RunConfig):
     log_interval: positive = 25  # a progress line every so many steps
     batch_size: positive = 64    # examples of a micro-batch, on one device
     learning_rate: float = 2e-3  # at its peak
-    compile: bool = False        # it takes longer than it saves, as prompts differ in length
+    compile: bool = False        # torch.compile the model: prompts of each length take a minute
     # what is learned
     task: Literal[tuple(TASKS)] = 'list_recall'  # which of TASKS
     markers: Literal['task', 'random', 'none', 'end'] = 'task'  # end: the last, behind the question
@@ -360,8 +360,7 @@ def main():
     task = Recall(cfg, machine, tok)
     check(cfg, task, checkpoint)
     torch.manual_seed(cfg.seed)
-    with machine.device:
-        model = make_model(cfg, tok, checkpoint, meta_every=0)  # they are marks here
+    model = make_model(cfg, tok, checkpoint, meta_every=0).to(machine.device)  # they are marks here
     prompt, answer = task.held_out[0]
     describe(cfg, machine, model,
              f'task    {cfg.task}: prompts of up to {cfg.train_length} tokens ({tok.name}), for '

@@ -67,7 +67,7 @@ class RunConfig:
     # the machine
     device: str = 'auto'         # auto | cpu | cuda | cuda:1 | mps
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of matrix products
-    compile: bool = True         # torch.compile the training step, on CUDA
+    compile: bool = True         # torch.compile the model, on CUDA, for training
 
 
 @dataclass
@@ -198,10 +198,9 @@ class Pretraining:
         nats = n_targets = n_bytes = 0
         model.eval()
         for row in range(machine.rank * rows, n_rows, machine.world * rows):
-            idx, targets = self.val.batch(row, rows)
-            targets[n_rows - row:] = -1  # rows beyond the last count for nothing
+            idx, targets = self.val.batch(row, min(rows, n_rows - row))
             with torch.no_grad(), machine.autocast:
-                # forward is not compiled: a second graph would take longer than it saves.
+                # model.forward is not compiled: a second graph takes longer than it saves.
                 loss = model.forward(*machine.to_device(idx, targets), n_meta=self.n_meta)[1]
             nats += loss.item() * count_targets(targets)
             n_targets += count_targets(targets)
@@ -707,8 +706,7 @@ def main():
     if task.n_meta and cfg.meta_placement != 'start':
         every = max(round(1 / cfg.meta_rate) - 1, 1)
     torch.manual_seed(cfg.seed)
-    with machine.device:
-        model = make_model(cfg, data.tok, checkpoint, every)
+    model = make_model(cfg, data.tok, checkpoint, every).to(machine.device)
     epochs = cfg.max_iters * cfg.batch_size * cfg.gradient_accumulation_steps / task.train.n_chunks
     describe(cfg, machine, model,
              f'data    data/{cfg.dataset}: {len(data.train):,} train tokens ({data.tok.name}), '

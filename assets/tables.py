@@ -67,8 +67,8 @@ CLAIMS = [  # (text, sub-command of evaluate.py, readings)
       for reading in against(other, words=other + ' at {}')]),
     ('... in a window stretched by YaRN, than gpt2 (Table 1)', 'tasks',
      [reading for scale in (2, 4) for trained in (False, True)
-      for reading in against('gpt2', 'stretched', (64 * scale,), '{} tokens, '
-                             + ('taught' if trained else 'untaught'), yarn_scale=scale,
+      for reading in against('gpt2', 'stretched', (64 * scale,),
+                             ('taught' if trained else 'untaught') + ' at {}', yarn_scale=scale,
                              trained=trained)]),
     ('meta beats gpt2 at other tasks (Fig. 1)', 'tasks',
      against('gpt2', 'copying', (64, 128), 'copying at {}')

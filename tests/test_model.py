@@ -331,8 +331,8 @@ def test_a_step_does_not_wait_for_a_gpu():
 
 def test_no_recompilation_after_the_first_batch():
     """
-    Wherever the meta-tokens stand. Generation is not compiled, as lengths grow. Capturing the graph
-    is enough: what breaks or recompiles does so there.
+    Wherever the meta-tokens stand. `forward`, which validates, and `generate` are not compiled.
+    Capturing the graph is enough: what breaks or recompiles does so there.
     """
     torch._dynamo.reset()
     counters.clear()
@@ -345,9 +345,9 @@ def test_no_recompilation_after_the_first_batch():
         loss = model(idx, idx, n_meta=3)[1]
         loss.backward()
         graphs.append(counters['stats']['unique_graphs'])
+    torch.testing.assert_close(loss, model.forward(idx, idx)[1])
     model.eval().generate(idx, 5, meta_every=2)
     assert {*graphs, counters['stats']['unique_graphs']} == {graphs[0]} != {0}
-    torch.testing.assert_close(loss, model.forward(idx, idx)[1])
 
 
 @pytest.mark.parametrize('shape', [(1, 1, 16), (3, 2, 16), (2, 16), (9, 1, 16)])
