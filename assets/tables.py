@@ -72,7 +72,8 @@ CLAIMS = [  # (text, sub-command of evaluate.py, readings)
                              trained=trained)]),
     ('meta beats gpt2 at other tasks (Fig. 1)', 'tasks',
      against('gpt2', 'copying', (64, 128), 'copying at {}')
-     + against('gpt2', 'parity', (28,), 'parity at {}')),
+     + against('gpt2', 'parity', (28,), 'parity at {}')
+     + against('gpt2', 'segments', (24, 48), 'segment counting at {}')),
     ('meta beats gpt2 wherever the marks stand', 'tasks',
      [reading for marks in ('random', 'none')
       for reading in against('gpt2', 'marks', (64,), f'`{marks}`', marks=marks)]),
@@ -233,6 +234,7 @@ TABLES = {  # name: experiment, lines, columns, figure, form
     'placement': ('placement', ['model', 'meta_tokens'], 'length', 'exact_match', percent),
     'copying': ('copying', ['model', 'meta_tokens'], 'length', 'exact_match', percent),
     'parity': ('parity', ['model', 'meta_tokens'], 'length', 'exact_match', percent),
+    'segments': ('segments', ['model', 'meta_tokens'], 'length', 'exact_match', percent),
     'sharpening': ('sharpening', ['reading', 'of', 'against', 'taught'], 'model', 'value', nats),
     'caching': ('caching', ['of', 'taught'], 'model', 'value', nats),
     'rate_distortion': ('rate_distortion', ['curve', 'against'], 'model', 'nats_at_equal_rate',
