@@ -165,17 +165,17 @@ def in_unit(reading, value):
 
 
 def draw_verdicts(rows):
-    """A line for each claim of which something was run, and its verdict by reading."""
+    """A line for each claim: its verdicts, and the readings of each that were run."""
     lines = []
     for text, command, readings in CLAIMS:
         by_word = defaultdict(list)
         for reading in readings:
             _, interval = compare(rows, reading)
             by_word[verdict(interval, reading.small)].append(reading.words)
-        if by_word.keys() == {'not run'}:
-            continue
+        by_word.pop('not run', None)
         words = [f"**{word}** {', '.join(where)}" for word, where in by_word.items()]
-        lines.append([text, f'`{command}`', '; '.join(words)])
+        if words:
+            lines.append([text, f'`{command}`', '; '.join(words)])
     return markdown(['claim', 'evaluate.py', 'verdict'], lines)
 
 
