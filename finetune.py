@@ -204,7 +204,7 @@ class FinetuneConfig(RunConfig):
     log_interval: positive = 25  # a progress line every so many steps
     batch_size: positive = 64    # examples of a micro-batch, on one device
     learning_rate: float = 2e-3  # at its peak
-    compile: bool = False        # torch.compile the model: prompts of each length take a minute
+    compile: bool = False        # torch.compile the model, on CUDA, for each length of prompts
     # what is learned
     task: Literal[tuple(TASKS)] = 'list_recall'  # which of TASKS
     markers: Literal['task', 'random', 'none', 'end'] = 'task'  # end: the last, behind the question

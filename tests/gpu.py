@@ -82,7 +82,8 @@ def groups_of(cfg):
           for measure in ('perplexity', 'sharpening', 'caching', 'theory')],
         *[[(120, f'evaluate.py {measure} --ckpt={tiny}-list_recall/best.pt{cpu} {few}')]
           for measure, few in (('attention', ''), ('rate_distortion', bottlenecks))],
-        *[[(150, speed(batch, 1))] for batch in batches]]  # fills the compiler's cache
+        # Untimed: this fills the compiler's cache for the next groups.
+        *[[(150, speed(batch, 1))] for batch in batches if not cfg.tiny]]
     for batch in batches:  # what does it cost?
         yield [[(90, speed(batch, 20))]]
     prompts = '16,64' if cfg.tiny else '16,900'
