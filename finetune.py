@@ -264,19 +264,19 @@ def grade(model, rows, width, tok, machine, zero_meta=None):
         idx, targets = collate(rows[n:n + size], width, tok.eot_token)
         n_meta = int((idx == meta).sum(axis=1).max())
         idx, targets = machine.to_device(idx, targets)
+        b, t = torch.nonzero(targets >= 0, as_tuple=True)                 # (N,): answer tokens
         with torch.no_grad(), machine.autocast:
-            logits = model.lm_head(model.hidden(idx, zero_meta, n_meta))  # (B, width, vocab_size)
-        logits = logits[..., :meta].float()
-        hit = logits.argmax(dim=-1) == targets                            # (B, width)
-        right = (hit | (targets < 0)).all(dim=1)
-        asked = (targets >= 0) & ~torch.isin(targets, white)
-        nats = F.cross_entropy(logits.mT, targets, ignore_index=-1, reduction='none')
-        hits = (hit & asked).sum(dim=1)
-        found = torch.stack((right.float(), hits, asked.sum(dim=1), nats.sum(dim=1)))
-        results.append(found.cpu())                                       # (4, rows)
+            x = model.hidden(idx, zero_meta, n_meta)[b, t]                # (N, C)
+            logits = model.lm_head(x)[:, :meta].float()                   # (N, meta)
+        target = targets[b, t]                                            # (N,)
+        hit, is_asked = logits.argmax(dim=-1) == target, ~torch.isin(target, white)
+        nats = F.cross_entropy(logits, target, reduction='none')
+        found = torch.stack((~hit, hit & is_asked, is_asked, nats))       # (4, N)
+        sums = torch.zeros(4, len(idx), device=found.device)
+        results.append(sums.index_add(1, b, found).cpu())                 # (4, rows)
     model.train(training)
-    right, hits, asked, nats = torch.cat(results, dim=1).numpy()          # (len(rows),) each
-    return right == 1, hits, asked, nats
+    wrong, hits, asked, nats = torch.cat(results, dim=1).numpy()          # (len(rows),) each
+    return wrong == 0, hits, asked, nats
 
 
 class Recall:
