@@ -34,8 +34,7 @@ from model import GPT, meta_mask
 from prepare import (Blocks, UserError, encode, get_tokenizer, inject_meta_tokens, load_data,
                      local_files, meta_count, parse_config, positive, read_file, run_script,
                      token_bytes, whole)
-from train import (Machine, encode_prompt, load_checkpoint, new_gpt, printable, save_picture,
-                   text_room)
+from train import Machine, encode_prompt, load_checkpoint, new_gpt, printable, save_picture
 
 # ------------------------------------------------------------------------------
 # What the measures share
@@ -786,7 +785,7 @@ def raise_one_logit(n_rows, n_keys, generator):
 class SampleConfig(EvalConfig):
     prompt: str = ''             # text to go on from; empty: a new document
     num_samples: positive = 1    # one after another
-    max_new_tokens: int = 0      # in each, at most; 0: to the end of the block that it has learned
+    max_new_tokens: positive = 200  # in each, at most
     temperature: float = 0.8     # 0: always the likeliest token
     top_k: int = 200             # from so many likeliest tokens only; 0: all
     meta_every: int = None       # a meta-token after so many tokens; 0: none; else as in training
@@ -804,8 +803,8 @@ def sample(cfg, machine, models):
         raise UserError(f'--prompt= takes {idx.shape[1]} positions, learned ones end at {size}')
     generator = torch.Generator(machine.device).manual_seed(cfg.seed)
     for n in range(cfg.num_samples):
-        ids = m.model.generate(idx, cfg.max_new_tokens or text_room(m.model, idx), cfg.temperature,
-                               cfg.top_k, generator=generator)[0]
+        ids = m.model.generate(idx, cfg.max_new_tokens, cfg.temperature, cfg.top_k,
+                               generator=generator)[0]
         ids = ids[1:] if ids[0] == m.tok.eot_token else ids
         text = printable(m.tok, ids.tolist(), '·' if cfg.show_meta else '')
         print('\n---\n' if n else '', text, sep='')

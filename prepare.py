@@ -424,12 +424,6 @@ def number(text):
     return float(text)
 
 
-def share(text):
-    if number(text) >= 1:
-        raise argparse.ArgumentTypeError(f'{text} is not below 1')
-    return number(text)
-
-
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(message)

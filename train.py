@@ -26,7 +26,7 @@ import torch.distributed as dist
 from model import GPT, GPTConfig
 from prepare import (END_OF_TEXT, META, Blocks, PrepareConfig, UserError, encode, get_tokenizer,
                      load_data, meta_count, meta_token, parse_config, positive, prepare,
-                     run_script, said, share, token_bytes)
+                     run_script, said, token_bytes)
 
 
 @dataclass
@@ -49,7 +49,7 @@ class RunConfig:
     n_layer: positive = 3        # blocks
     n_head: positive = 4         # heads in each attention
     n_embd: positive = 128       # channels
-    dropout: share = 0.0         # in training only
+    dropout: float = 0.0         # in training only
     bias: bool = False           # in linear layers and layer norms
     pos: Literal['rope', 'ape', 'none'] = 'rope'  # positions: rotary, learned (GPT-2's), or none
     meta_attn: bool = True       # the second attention, among meta-tokens
@@ -61,8 +61,8 @@ class RunConfig:
     warmup_iters: int = 50       # steps of linear rise to the peak
     lr_decay_iters: int = 0      # steps until the end of the cosine; 0: max_iters
     weight_decay: float = 0.1    # on matrices only
-    beta1: share = 0.9           # AdamW's
-    beta2: share = 0.95          # AdamW's
+    beta1: float = 0.9           # AdamW's
+    beta2: float = 0.95          # AdamW's
     grad_clip: float = 1.0       # clip the gradient's norm there; 0: never
     # the machine
     device: str = 'auto'         # auto | cpu | cuda | cuda:1 | mps
@@ -530,12 +530,6 @@ def encode_prompt(text, model, tok):
     return torch.tensor([marked], device=model.lm_head.weight.device)
 
 
-def text_room(model, idx):
-    """How many text tokens the block has room for behind idx (B, T), with their meta-tokens."""
-    room, every = model.config.block_size - idx.shape[1], model.config.meta_every
-    return max(room - room // (every + 1) if every else room, 1)
-
-
 def printable(tok, ids, meta=''):
     """Token ids as text, up to end-of-text. What would steer a terminal is shown as U+FFFD."""
     if not meta:  # they may stand between the bytes of a letter
@@ -678,12 +672,11 @@ def describe(cfg, machine, model, task):
 
 
 def write_samples(cfg, machine, model, tok):
-    """Three new documents by the model, within its block."""
+    """Three new documents by the model."""
     start = encode_prompt('', model, tok).expand(3, -1)
     generator = torch.Generator(machine.device).manual_seed(cfg.seed)
-    n = min(300, text_room(model, start))
     with machine.autocast:
-        ids = model.eval().generate(start, n, 0.8, top_k=200, generator=generator)
+        ids = model.eval().generate(start, 200, 0.8, top_k=200, generator=generator)
     return '\n---\n'.join(printable(tok, row) for row in ids[:, 1:].tolist()) + '\n'
 
 

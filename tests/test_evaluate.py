@@ -508,15 +508,17 @@ def test_entropy_theorem():
 
 
 @pytest.mark.parametrize('args, every', [([], 9), (['--meta_every=4'], 4), (['--meta_every=0'], 0)])
-def test_sample_ends_with_the_block(inside, runs, args, every):
-    """By default. A meta-token follows every so many tokens of the prompt, and of what is new."""
+def test_sample(inside, runs, args, every):
+    """A meta-token follows every so many tokens of the prompt, and of what is new."""
     def sample(*more):
         return inside('evaluate.py', 'sample', '--prompt=abcdefgh', *args, *more).out
 
-    hidden, shown = sample('--temperature=0'), sample('--temperature=0', '--show_meta=True')
+    short = '--temperature=0', '--max_new_tokens=16'
+    hidden, shown = sample(*short), sample(*short, '--show_meta=True')
     assert '·' not in hidden and shown.replace('·', '') == hidden and 'positions' not in shown
-    assert len(shown) - 1 == 32 and shown.count('·') == (32 // (every + 1) if every else 0)
-    beyond = sample('--temperature=0', '--max_new_tokens=40')
+    wanted = math.ceil(8 / every) + 16 // every if every else 0
+    assert len(hidden) - 1 == 24 and shown.count('·') == wanted
+    beyond = sample('--temperature=0')
     assert beyond.startswith(hidden[:-1])
     assert re.search(r'\(\d+ positions: more than the 32 of its block\)', beyond)
     assert sample('--seed=1') == sample('--seed=1') != sample('--seed=2')

@@ -405,7 +405,7 @@ def test_folders_and_what_training_would_go_wrong_on(tokenizer, split, ids, said
     ('--max_iter=3', 'mean --max_iters'), ('--seed=x', '--seed.*x'), ('--seed=.5', '--seed.*.5'),
     ('--seed=-1', '--seed.*-1'), ('--seed=', '--seed'), ('--min_lr=1,5', '--min_lr.*1,5'),
     ('--max_iters=0', '--max_iters.*0'), ('--grad_clip=-1', '--grad_clip.*-1'),
-    ('--learning_rate=nan', 'rate.*nan'), ('--dropout=1', 'dropout.*1'), ('--beta2=1', 'beta2.*1'),
+    ('--learning_rate=nan', 'rate.*nan'), ('--dropout=-1', 'dropout.*-1'),
     ('--meta_placement=end', '--meta_placement.*end.*random.*start'), ('--overwrite', '--over'),
     ('--overwrite=yes', '--overwrite.*yes.*True'), ('--preset=huge', '--preset.*huge.*tiny.*paper'),
     ('--seed', '--seed'), ('--out_dir --seed=3', '--out_dir')])
