@@ -28,12 +28,13 @@ import numpy as np
 import tiktoken
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from finetune import TASKS, examples, grade, to_ids, width_for
 from model import GPT, meta_mask
 from prepare import (Blocks, UserError, encode, get_tokenizer, inject_meta_tokens, load_data,
                      local_files, meta_count, parse_config, positive, read_file, run_script,
-                     token_bytes, whole)
+                     token_bytes)
 from train import Machine, encode_prompt, load_checkpoint, new_gpt, printable, save_picture
 
 # ------------------------------------------------------------------------------
@@ -54,29 +55,19 @@ class Loaded(NamedTuple):
     trained: dict  # the settings that it was trained with
 
 
-def run_folder(path):
-    """The folder of a checkpoint's run. GPT-2's weights have none: out/gpt2."""
-    return path.parent if path.is_file() else Path('out', path.name)
-
-
 def load_models(cfg, machine):
     """[Loaded], of one tokenizer. A list is split at its commas, unless it is a path itself."""
     names = [cfg.ckpt] if Path(cfg.ckpt).exists() else cfg.ckpt.split(',')
-    models, paths = [], [Path(name) for name in names]
-    runs = [run_folder(path).absolute().name for path in paths]
-    for name, path, run in zip(names, paths, runs):
+    models = []
+    for name in names:
         checkpoint = load_checkpoint(name)
-        name = run if runs.count(run) == 1 else name
+        run = name.removeprefix('out/').removesuffix('/best.pt')
         args = checkpoint['model_args']
-        if cfg.yarn_scale != 1:
-            if args['yarn_scale'] != 1:
-                raise UserError(f'--yarn_scale: {path} was stretched already, in training')
-            size = args['block_size']
-            args = args | dict(yarn_scale=cfg.yarn_scale, yarn_orig_block_size=size,
-                               block_size=round(cfg.yarn_scale * size))
+        args['yarn_scale'] *= cfg.yarn_scale
+        args['block_size'] = round(args['block_size'] * cfg.yarn_scale)
         model = new_gpt(args, checkpoint['model']).to(machine.device).eval()
         tok = get_tokenizer(checkpoint['tokenizer'])
-        models.append(Loaded(name, path, model, tok, checkpoint['config']))
+        models.append(Loaded(run, Path(name), model, tok, checkpoint['config']))
     if len({m.tok.name for m in models}) > 1:
         raise UserError('the checkpoints have different tokenizers: measure them one by one')
     return models
@@ -100,7 +91,8 @@ def publish(cfg, given, command, models, found, draw):
     name = re.sub(r'[^\w.,=-]+', '_', measured)[:140]
     if name != measured:                                        # else a/b would be a_b
         name += f"-{zlib.crc32(measured.encode(errors='replace'))}"
-    folder = run_folder(models[0].path) / 'eval'
+    path = models[0].path
+    folder = path.parent / 'eval' if path.is_file() else Path('out', path.name, 'eval')
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(dict(settings=asdict(cfg), **found), default=lambda array: array.tolist())
     found = json.loads(text, parse_constant=lambda nan: None)     # JSON has null for it
@@ -118,9 +110,9 @@ def in_words(value):
     return f'{value:.4g}' if isinstance(value, (float, np.floating)) else str(value)
 
 
-def draw_curves(ax, rows, x, y, by, **settings):
-    """A curve of y by x for each value of the keys `by`. y may be an interval."""
-    curves = defaultdict(list)
+def draw_curves(figure, rows, x, y, by, **settings):
+    """A curve of y by x for each value of the keys `by`. y may be an interval. Returns the axes."""
+    ax, curves = figure.subplots(), defaultdict(list)
     for row in rows:
         curves[', '.join(str(row[key]) for key in by)].append(row)
     for n, (label, points) in enumerate(curves.items()):
@@ -131,6 +123,7 @@ def draw_curves(ax, rows, x, y, by, **settings):
     ax.xaxis.set_major_formatter('{x:g}')
     ax.grid(alpha=0.3)
     ax.legend(fontsize=8)
+    return ax
 
 
 def wilson(p, n, z=1.96):
@@ -157,15 +150,13 @@ def bootstrap(statistic, *sizes, n_draws=1000):
 
 def numbers(text):
     """Of the command line: whole numbers with commas between."""
-    for number in text.split(','):
-        positive(number)
-    return text
+    return ','.join(str(positive(number)) for number in text.split(','))
 
 
 @dataclass
 class TasksConfig(EvalConfig):
     ckpt: str = 'out/tiny-list_recall/best.pt'  # one checkpoint, or several with commas between
-    task: Literal[('own', *TASKS)] = 'own'  # own: what the first checkpoint was taught
+    task: Literal[tuple(TASKS)] = ''  # empty: what the first checkpoint was taught
     lengths: numbers = '64,128,256'  # of the longest prompts, in tokens; the shortest: 3/4 of it
     n_examples: positive = 1000  # held-out ones of each length, the same for one --markers
 
@@ -175,10 +166,8 @@ ZEROED = {'full': None, 'zero position': 'position', 'zero embedding': 'embeddin
 
 def tasks(cfg, machine, models):
     """Exact match and token accuracy on held-out prompts, by prompt length."""
-    from tqdm import tqdm
-    own = models[0].trained.get('task', 'list_recall')
-    lengths = [whole(length) for length in cfg.lengths.split(',')]
-    task, rows = own if cfg.task == 'own' else cfg.task, []
+    lengths = [int(length) for length in cfg.lengths.split(',')]
+    task, rows = cfg.task or models[0].trained.get('task', 'list_recall'), []
     for length, m in tqdm([*product(lengths, models)], unit=' models', leave=False):
         width, config = width_for(task, length), m.model.config
         if config.pos == 'ape' and width > config.block_size:
@@ -197,9 +186,9 @@ def tasks(cfg, machine, models):
                 token_accuracy=wilson(float(hits.sum() / asked.sum()), len(prompts)), guess=guess))
 
     def draw(figure):
-        ax = figure.subplots()
-        draw_curves(ax, rows, 'length', 'exact_match', ('model', 'meta_tokens'), title=task,
-                    ylim=(-0.03, 1.03), xlabel='prompt length (tokens)', xticks=lengths)
+        ax = draw_curves(figure, rows, 'length', 'exact_match', ('model', 'meta_tokens'),
+                         ylim=(-0.03, 1.03), xticks=lengths, title=task,
+                         xlabel='prompt length (tokens)')
         ax.plot([row['length'] for row in rows], [row['guess'] for row in rows], 'k:')
 
     return dict(rows=rows), draw
@@ -228,20 +217,25 @@ def perplexity(cfg, machine, models):
     if not (cfg.text or dataset):
         raise UserError('--text=: say which text, as this model was trained on none')
     tokens, rows, curves = read_text(text, models[0].tok, cfg.max_tokens), [], []
+    n_tokens, n_bytes = len(tokens) - 1, token_bytes(models[0].tok)[tokens[1:]].sum()
     for m in models:
         T = cfg.block_size or m.model.config.block_size
         if T < 2 or m.model.config.pos == 'ape' and T > m.model.config.block_size:
             raise UserError(f'--block_size={T}: {m.name} has 2 to {m.model.config.block_size} '
                             'positions')
         for n_meta in sorted({0, meta_count(T, m.trained.get('meta_rate', 0))}):
-            row, curve = measure_perplexity(cfg, machine, m, tokens, T, n_meta)
-            rows.append(row)
-            curves += curve
+            batches = window_losses(machine, m, tokens, T, n_meta)
+            losses, scored = map(np.concatenate, zip(*batches))  # (n_windows, T) each
+            nats = losses[scored].sum()
+            rows.append(dict(model=m.name, n_meta=n_meta, window=T, scored_tokens=n_tokens,
+                             perplexity=math.exp(nats / n_tokens), nats=nats / n_tokens,
+                             bits_per_byte=nats / math.log(2) / n_bytes))
+            for part in np.array_split(np.arange(T), cfg.n_buckets):
+                curves.append(dict(model=m.name, n_meta=n_meta, position=part.mean(),
+                                   nats=np.nanmean(losses[:, part])))
 
-    def draw(figure):
-        draw_curves(figure.subplots(), curves, 'position', 'nats', ('model', 'n_meta'),
-                    xlabel='position in the window', ylabel='loss of text tokens (nats)')
-
+    draw = partial(draw_curves, rows=curves, x='position', y='nats', by=('model', 'n_meta'),
+                   xlabel='position in the window', ylabel='loss of text tokens (nats)')
     return dict(rows=rows, curves=curves), draw
 
 
@@ -269,24 +263,6 @@ def read_text(text, tok, max_tokens):
         documents = [ids[:share + 1] for ids in documents]
     most = max_tokens + 1 if max_tokens else None               # the first is not scored
     return np.concatenate(documents)[:most].astype(np.int64)
-
-
-def measure_perplexity(cfg, machine, m, tokens, T, n_meta):
-    """The row of one model and window, and its loss by position in the window."""
-    nats, by_position, curve = 0.0, np.zeros((2, T)), []        # sums and numbers
-    for losses, scored in window_losses(machine, m, tokens, T, n_meta):
-        nats += losses[scored].sum()
-        by_position += np.nansum(losses, axis=0), (~np.isnan(losses)).sum(axis=0)
-    n_tokens = len(tokens) - 1
-    n_bytes = token_bytes(m.tok)[tokens[1:]].sum()
-    row = dict(model=m.name, n_meta=n_meta, window=T, scored_tokens=n_tokens,
-               perplexity=math.exp(nats / n_tokens), nats=nats / n_tokens,
-               bits_per_byte=nats / math.log(2) / n_bytes)
-    for part in np.array_split(np.arange(T), cfg.n_buckets):
-        sums, counts = by_position[:, part].sum(axis=1)
-        curve.append(dict(model=m.name, n_meta=n_meta, position=part.mean(),
-                          nats=sums / counts if counts else math.nan))
-    return row, curve
 
 
 def window_losses(machine, m, tokens, T, n_meta):
@@ -516,11 +492,9 @@ def caching(cfg, machine, models):
     rows.append(dict(of='attention of text to meta-tokens, less a uniform one',
                      value=bootstrap(lambda rows: over[rows].mean(), n_rows)))
 
-    def draw(figure):
-        draw_curves(figure.subplots(), curves, 'distance', 'cosine', ('at',), xscale='log',
-                    xlabel='distance back to a text token (positions)',
-                    ylabel='cosine similarity after the last block', title=m.name)
-
+    draw = partial(draw_curves, rows=curves, x='distance', y='cosine', by=('at',), xscale='log',
+                   xlabel='distance back to a text token (positions)',
+                   ylabel='cosine similarity after the last block', title=m.name)
     return dict(rows=rows, curves=curves), draw
 
 
@@ -630,7 +604,6 @@ def rate_distortion(cfg, machine, models):
     model, by a variational information bottleneck. It is held against that of the last text token,
     and of the text token right before it, which has seen as much of the prompt.
     """
-    from tqdm import tqdm
     m = only(models)
     h, y = hidden_states(m, cfg.n_train, 'train')
     h_test, y_test = hidden_states(m, cfg.n_test, 'test')
@@ -655,10 +628,9 @@ def rate_distortion(cfg, machine, models):
         rows.append(dict(curve=META_CURVE, against=other, nats_at_equal_rate=difference))
 
     def draw(figure):
-        ax = figure.subplots()
-        draw_curves(ax, curves, 'rate', 'distortion', ('curve',), title=m.name,
-                    xlabel='rate (nats kept of the hidden state)',
-                    ylabel='distortion (nats of uncertainty about the answer)')
+        ax = draw_curves(figure, curves, 'rate', 'distortion', ('curve',), title=m.name,
+                         xlabel='rate (nats kept of the hidden state)',
+                         ylabel='distortion (nats of uncertainty about the answer)')
         ax.axvline(most, color='0.6')
 
     return dict(rows=rows, curves=curves, most=most, n_test=int(known.sum())), draw

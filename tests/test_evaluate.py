@@ -124,6 +124,11 @@ def test_every_command(inside, measure, monkeypatch, command, ckpt, args, stretc
     assert '--yarn_scale' in inside('evaluate.py', command, '-h').out
 
 
+def test_a_stretched_model_is_stretched_further(measure):
+    found, _, _ = measure('perplexity', 'out/stretched/best.pt', '--yarn_scale=2')
+    assert found['rows'][0]['window'] == 64
+
+
 def test_every_command_has_a_case():
     assert {command for command, *_ in CASES} == evaluate.COMMANDS.keys()
 
@@ -155,7 +160,7 @@ def test_a_path_may_hold_a_comma_or_an_equals_sign(measure):
     found, _, png = measure('perplexity', 'out/a,b=c $$/best.pt', '--max_tokens=200')
     assert found['rows'][0]['model'] == 'a,b=c $$' and png.exists()
     found, _, _ = measure('perplexity', f'{TINY},out/tiny/ckpt.pt', '--max_tokens=200')
-    assert {row['model'] for row in found['rows']} == {TINY, 'out/tiny/ckpt.pt'}
+    assert {row['model'] for row in found['rows']} == {'tiny', 'tiny/ckpt.pt'}
     assert [row['n_meta'] for row in found['rows']] == [0, 3] * 2
 
 
@@ -188,7 +193,6 @@ def test_matplotlibs_settings_do_not_matter(cli, runs):
     (['perplexity', f'--ckpt={APE}', '--block_size=33'], 'ape has 2 to 32 positions'),
     (['perplexity', f'--ckpt={APE}', '--yarn_scale=2'], 'yarn_scale=2.0 stretches RoPE'),
     (['perplexity', '--yarn_scale=0.5'], 'yarn_scale=0.5'),
-    (['perplexity', '--ckpt=out/stretched/best.pt', '--yarn_scale=2'], 'stretched already'),
     (['caching', f'--ckpt={TINY},{APE}'], 'one checkpoint at a time'),
     (['caching', '--n_rows=9999'], 'fewer than --n_rows=9999'),
     (['caching', '--dataset=words'], 'of gpt2'),
@@ -249,11 +253,11 @@ def test_tasks(measure, monkeypatch):
 
 
 @pytest.mark.parametrize('name, task, n_marks', [
-    ('tiny-list_recall', 'own', 2), ('end', 'own', 2), ('unmarked', 'own', 0),
-    ('unmarked', 'parity', 1)])
+    ('tiny-list_recall', '', 2), ('end', '', 2), ('unmarked', '', 0),
+    ('unmarked', '--task=parity', 1)])
 def test_tasks_marks_prompts_as_the_model_was_taught(measure, monkeypatch, name, task, n_marks):
     """Another task is asked as it is."""
-    asked, args = [], (f'--task={task}', '--lengths=28', '--n_examples=9')
+    asked, args = [], (*task.split(), '--lengths=28', '--n_examples=9')
     monkeypatch.setattr(evaluate, 'grade', lambda *a: asked.extend(a[1]) or grade(*a))
     measure('tasks', f'out/{name}/best.pt', *args)
     assert len(asked) == 3 * 9
@@ -274,7 +278,7 @@ def test_zeroing_reaches_the_model():
 @pytest.mark.parametrize('n_meta, T, n, placement', [
     (0, 16, 100, 'random'), (4, 16, 100, 'random'), (4, 16, 100, 'periodic'),
     (14, 20, 60, 'random'), (0, 16, 9, 'random'), (4, 16, 2, 'random')])
-def test_perplexity_is_the_slow_one(n_meta, T, n, placement):
+def test_perplexity_is_the_slow_one(monkeypatch, n_meta, T, n, placement):
     """
     A window of T positions moves by half. Each token is scored once, in the first window that
     reaches it, with the loss that this window gives it: from the tokens before it, one by one.
@@ -298,9 +302,10 @@ def test_perplexity_is_the_slow_one(n_meta, T, n, placement):
                     scored.append(nats)
         reached = start + W
 
-    m = Loaded('m', None, model, TOK, dict(meta_placement=placement))
-    row, curve = evaluate.measure_perplexity(PerplexityConfig(n_buckets=T), MACHINE, m, tokens, T,
-                                             n_meta)
+    monkeypatch.setattr(evaluate, 'read_text', lambda *_: tokens)
+    m = Loaded('m', None, model, TOK, dict(meta_placement=placement, meta_rate=n_meta / T))
+    found, _ = evaluate.perplexity(PerplexityConfig(text='a', n_buckets=T), MACHINE, [m])
+    row, curve = found['rows'][-1], found['curves'][-T:]
     nats = np.mean(scored)
     expected = dict(scored_tokens=n - 1, nats=nats, perplexity=math.exp(nats),
                     bits_per_byte=nats / math.log(2))
