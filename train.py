@@ -283,7 +283,7 @@ def fit(cfg, machine, model, task, checkpoint=None):
         row = {}
         at |= dict(iter_num=it + 1, tokens=at['tokens'] + n_tokens)
         if at['iter_num'] % cfg.log_interval == 0:
-            seconds = max(time.perf_counter() - clock, 1e-9)
+            seconds = time.perf_counter() - clock
             row = dict(train_loss=loss, lr=learning_rate(it, cfg), grad_norm=grad_norm,
                        tokens_per_s=round((at['tokens'] - before['tokens']) / seconds))
             a_step = seconds / (at['iter_num'] - before['iter_num'])
@@ -348,17 +348,13 @@ def save(cfg, machine, model, task, optimizer, scaler, at, is_best):
 
 
 def save_picture(path, draw, width, height):
-    """What draw(figure) draws, whatever matplotlibrc says. A picture that fails ends no run."""
-    os.environ.pop('MPLBACKEND', None)  # one that is not there would stop the import
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-        with matplotlib.rc_context(matplotlib.rcParamsDefault | {'text.parse_math': False}):
-            figure = Figure(figsize=(width, height), layout='constrained')
-            draw(figure)
-            figure.savefig(path, dpi=120)
-    except Exception as error:
-        print(f'{path} could not be drawn ({said(error)})', file=sys.stderr)
+    """What draw(figure) draws, whatever matplotlibrc says."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    with matplotlib.rc_context(matplotlib.rcParamsDefault | {'text.parse_math': False}):
+        figure = Figure(figsize=(width, height), layout='constrained')
+        draw(figure)
+        figure.savefig(path, dpi=120)
 
 
 def finish(cfg, machine, sample, *next_commands):
@@ -375,8 +371,8 @@ def finish(cfg, machine, sample, *next_commands):
 
     folder = Path(cfg.out_dir)
     if machine.rank == 0:
-        save_picture(folder / 'loss.png', draw, 7, 4)
         (folder / 'sample.txt').write_text(sample, encoding='utf-8')
+        save_picture(folder / 'loss.png', draw, 7, 4)
         print(f"{sample}\nwritten to {folder}/: {'  '.join(RUN_FILES)}")
         for command in next_commands:
             print('next   ', shlex.join(command))
@@ -524,10 +520,10 @@ def encode_prompt(text, model, tok):
     from the end, so that generate begins a count of its own.
     """
     ids, every = encode(tok, text).tolist() or [tok.eot_token], model.config.meta_every
-    marked = []
-    for left, i in zip(reversed(range(len(ids))), ids):
-        marked += [i, model.config.meta_id] if every and left % every == 0 else [i]
-    return torch.tensor([marked], device=model.lm_head.weight.device)
+    places = range(len(ids), 0, -every) if every else ()
+    for place in places:
+        ids.insert(place, model.config.meta_id)
+    return torch.tensor([ids], device=model.lm_head.weight.device)
 
 
 def printable(tok, ids, meta=''):
