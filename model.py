@@ -40,12 +40,10 @@ class GPTConfig:
     yarn_orig_block_size: int = 1024
 
     def __post_init__(self):
-        odd = self.n_embd // self.n_head % 2
         if self.pos not in ('rope', 'ape', 'none'):
             raise ValueError(f"pos={self.pos!r} is none of 'rope', 'ape', 'none'")
-        if self.n_embd % self.n_head or self.pos == 'rope' and odd:  # RoPE turns pairs of channels
-            raise ValueError(f'n_embd={self.n_embd} channels do not make n_head={self.n_head} heads'
-                             ' of a whole, or for RoPE even, number of channels')
+        if self.n_embd % (2 * self.n_head):                    # RoPE turns pairs of channels
+            raise ValueError(f'n_embd={self.n_embd} is no multiple of 2 * n_head={self.n_head}')
         if self.yarn_scale != 1 and (self.pos != 'rope' or self.yarn_scale < 1):
             raise ValueError(f'yarn_scale={self.yarn_scale} stretches RoPE, by 1 or more, and '
                              f'here is pos={self.pos!r}')
@@ -84,8 +82,12 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x, rope)
         if cache is not None:
             k, v = remember(cache, self, k, v)     # (B, n_head, n_keys, head_dim) each
+        n, n_keys, mask = q.shape[2], k.shape[2], None
+        if 1 < n < n_keys:                         # the last n of all tokens
+            mask = torch.ones(n, n_keys, dtype=torch.bool, device=x.device).tril(n_keys - n)
         p = self.dropout.p if self.training else 0.0
-        return self.project(causal_attention(q, k, v, p))
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=p, is_causal=n == n_keys)
+        return self.project(y)                     # (B, n, C)
 
     def qkv(self, x, rope):
         B, n, C = x.shape
@@ -151,14 +153,6 @@ def remember(cache, attn, k, v):
     return room[..., :end, :]
 
 
-def causal_attention(q, k, v, p):
-    """q (B, n_head, n, head_dim) of the last n tokens; k, v of all tokens -> as q. p: dropout."""
-    n, n_keys, mask = q.shape[2], k.shape[2], None
-    if 1 < n < n_keys:
-        mask = torch.ones(n, n_keys, dtype=torch.bool, device=q.device).tril(n_keys - n)
-    return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=p, is_causal=n == n_keys)
-
-
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -189,18 +183,12 @@ class GPT(nn.Module):
         self.transformer.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight
-        self.init_weights()
-
-    def init_weights(self):
-        """GPT-2's: N(0, 0.02), and less for the matrices that write into the residual stream."""
-        residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)
-        for name, p in self.named_parameters():
+        for name, p in self.named_parameters():                # as in GPT-2
             if name.endswith('bias'):
                 nn.init.zeros_(p)
-            elif name.endswith('c_proj.weight'):
-                nn.init.normal_(p, std=residual_std)
-            elif p.dim() == 2:
-                nn.init.normal_(p, std=0.02)
+            elif p.dim() == 2:  # c_proj writes into the residual stream, 2 * n_layer times
+                n_writes = 2 * config.n_layer if name.endswith('c_proj.weight') else 1
+                nn.init.normal_(p, std=0.02 / math.sqrt(n_writes))
 
     def forward(self, idx, targets=None, zero_meta=None, n_meta=None):
         """
@@ -234,8 +222,7 @@ class GPT(nn.Module):
         if zero_meta == 'embedding':
             x = x.masked_fill(is_meta[..., None], 0.0)
         positions = torch.arange(start, start + T, device=idx.device).expand(B, T)
-        no_place = zero_meta == 'position' or not c.meta_pos
-        unplaced = is_meta & no_place                          # (B, T): which have no position
+        unplaced = is_meta & (zero_meta == 'position' or not c.meta_pos)         # (B, T)
         positions = positions.masked_fill(unplaced, 0)         # (B, T); RoPE turns nothing at 0
         if c.pos == 'ape':
             wpe = self.transformer.wpe(positions)              # (B, T, C); not zero at 0
@@ -247,7 +234,8 @@ class GPT(nn.Module):
             x = block(x, rope, is_meta, meta_at, cache)
         return self.transformer.ln_f(x)
 
-    @torch.no_grad()
+    @torch.no_grad()  # and not by cuDNN's kernel, which plans anew for every length of the cache
+    @sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, meta_every=None,
                  generator=None):
         """
@@ -265,8 +253,7 @@ class GPT(nn.Module):
         for n in range(1, max_new_tokens + 1):
             if c.pos == 'ape' and idx.shape[1] > c.block_size:
                 break
-            with sdpa_kernel(QUICK_TO_PLAN):
-                x = self.hidden(new, n_meta=n_meta, cache=cache)   # of what is new alone
+            x = self.hidden(new, n_meta=n_meta, cache=cache)       # of what is new alone
             logits = self.lm_head(x[:, -1])[:, :c.meta_id]         # (B, meta_id)
             new = sample(logits, temperature, top_k, generator)    # (B, 1)
             n_meta = int(every > 0 and n % every == 0)
@@ -294,11 +281,10 @@ def find_meta_tokens(is_meta, n_meta=None):
     that count, so there n_meta is trusted. A CPU raises ValueError if a row holds more.
     """
     on_cpu = is_meta.device.type == 'cpu' and not torch.compiler.is_compiling()
-    if on_cpu or n_meta is None:
-        most = int(is_meta.sum(dim=1).max())
-        n_meta = most if n_meta is None else n_meta
-        if most > n_meta:
-            raise ValueError(f'n_meta={n_meta}, but a row holds {most} meta-tokens')
+    if n_meta is None:
+        n_meta = int(is_meta.sum(dim=1).max())
+    elif on_cpu and is_meta.sum(dim=1).max() > n_meta:
+        raise ValueError(f'n_meta={n_meta}, but a row holds more meta-tokens')
     order = is_meta.int().argsort(dim=1, descending=True, stable=True)  # meta-tokens come first
     return order[:, :n_meta]
 
@@ -317,8 +303,6 @@ def rope_frequencies(config, device=None):
     c, head_dim = config, config.n_embd // config.n_head
     i = torch.arange(head_dim // 2, dtype=torch.float32, device=device)
     inv_freq = 1.0 / c.rope_base ** (2 * i / head_dim)
-    if c.yarn_scale == 1.0:
-        return inv_freq, 1.0
 
     def pair_that_turns(times):
         wavelength = c.yarn_orig_block_size / times
@@ -328,7 +312,7 @@ def rope_frequencies(config, device=None):
     high = min(math.ceil(pair_that_turns(1)), head_dim - 1)
     slowed = ((i - low) / max(high - low, 0.001)).clamp(0, 1)
     mscale = 0.1 * math.log(c.yarn_scale) + 1
-    return inv_freq * (1 - slowed) + inv_freq / c.yarn_scale * slowed, mscale
+    return inv_freq.lerp(inv_freq / c.yarn_scale, slowed), mscale
 
 
 def rope_angles(positions, config):
@@ -346,10 +330,6 @@ def apply_rope(x, rope):
 
 # ------------------------------------------------------------------------------
 # For speed only: skip it on a first reading. Each is equal to the plain line in its docstring.
-
-# Of scaled_dot_product_attention's kernels. cuDNN's, the fourth, plans anew for every key length.
-QUICK_TO_PLAN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-
 
 class Linear(nn.Linear):
     """

@@ -15,12 +15,13 @@ import sysconfig, zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache, partial
-from itertools import islice, takewhile
+from itertools import islice
 from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
 import tiktoken
+from tqdm import tqdm
 
 
 def inject_meta_tokens(text, n_meta, meta_id, rng, placement='random'):
@@ -135,22 +136,19 @@ END_OF_TEXT, META = '<|endoftext|>', '<|meta|>'
 @lru_cache
 def get_tokenizer(name):
     """
-    'gpt2': GPT-2's BPE, end of text = 50256, meta-token = 50257. 'bytes': 256 and 257.
-
-    Returns a tiktoken.Encoding. Raises UserError if GPT-2's BPE files are not to be had.
+    A tiktoken.Encoding. 'gpt2': GPT-2's BPE, end of text = 50256, meta-token = 50257. 'bytes': a
+    token a byte, then 256 and 257. Raises UserError if GPT-2's BPE files are not to be had.
     """
-    if name == 'gpt2':
+    if name == 'bytes':
+        pattern = r'[\s\S]{1,64}'   # pieces for the BPE, which merges nothing in them
+        ranks = {bytes([b]): b for b in range(256)}
+    else:
         try:
-            gpt2 = tiktoken.get_encoding('gpt2')
+            gpt2 = tiktoken.get_encoding(name)
         except OSError as error:  # of the network
             raise UserError(f"GPT-2's BPE files could not be downloaded ({type(error).__name__}): "
                             'README says where to put them; the tokenizer bytes needs none')
         pattern, ranks = gpt2._pat_str, gpt2._mergeable_ranks
-    elif name == 'bytes':
-        pattern = r'[\s\S]{1,64}'   # pieces for the BPE, which merges nothing in them
-        ranks = {bytes([b]): b for b in range(256)}
-    else:
-        raise UserError(f"unknown tokenizer {name!r}: 'gpt2' or 'bytes'")
     special = {END_OF_TEXT: len(ranks), META: len(ranks) + 1}
     return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
@@ -263,12 +261,12 @@ def split_of(path):
 def open_source(cfg):
     """[(where, split, documents)], one for each file, or split of a hub data set."""
     source, parts = cfg.source, []
-    root = Path(*takewhile(lambda part: not glob.has_magic(part), Path(source).parts))
-    root = root if root.is_dir() else root.parent
     on_hub = source.count('/') == 1 and not glob.has_magic(source) and not Path(source).exists()
     if not on_hub:
-        for path in local_files(source):
-            below = os.path.relpath(path, root)  # the source's own name says nothing
+        paths = local_files(source)
+        root = os.path.commonpath(paths)  # what all paths begin with says nothing
+        for path in paths:
+            below = os.path.relpath(path, root)
             split = 'train' if path.suffix in ('.txt', '.py') else split_of(below)
             parts.append((path, split, read_file(path, cfg.text_column)))
     else:
@@ -304,42 +302,32 @@ class PrepareConfig:
     overwrite: bool = False     # replace data/NAME's tokens if they are there
 
 
-HELD_OUT = 20  # one document in so many is held out where the source has no validation part
-
-
 def write_tokens(cfg, tok, parts, folder):
     """
     Encodes parts into folder/train.bin and val.bin, end-of-text behind each document. Without a
-    validation part, a hash of its text says where a document goes: copies of it go there too.
+    validation part, one document in 20 is held out, by a hash of its text: its copies are too.
     """
-    from tqdm import tqdm
     n, train_tokens = {'train': 0, 'val': 0}, cfg.max_tokens or sys.maxsize
     most = {'train': train_tokens, 'val': max(train_tokens // 10, 2)}
     hold_out = len({split for _, split, _ in parts}) == 1
-
-    def documents():
-        for where, split, texts in parts:
-            split = 'train' if hold_out else split
+    with (open(folder / 'train.bin', 'wb') as train, open(folder / 'val.bin', 'wb') as val,
+          ThreadPoolExecutor() as pool, tqdm(unit=' tokens', unit_scale=True) as bar):
+        files = {'train': train, 'val': val}
+        for where, part, texts in parts:
+            part = 'train' if hold_out else part
             try:
-                while n[split] < most[split] and (text := next(texts, None)) is not None:
-                    held_out = zlib.crc32(text.encode('utf-8', 'replace')) % HELD_OUT == 0
-                    yield ('val' if hold_out and held_out else split), text
+                while n[part] < most[part] and (some := list(islice(texts, 32))):
+                    for text, ids in zip(some, pool.map(partial(encode, tok), some)):
+                        held_out = zlib.crc32(text.encode('utf-8', 'replace')) % 20 == 0
+                        split = 'val' if hold_out and held_out else part
+                        ids = np.append(ids, np.uint16(tok.eot_token))[:most[split] - n[split]]
+                        files[split].write(ids.tobytes())
+                        n[split] += len(ids)
+                        bar.update(len(ids))
             except UserError as error:
                 raise UserError(f'{where}: {error}')
             except Exception as error:  # decoding and network errors have no common class
                 raise UserError(f'{where}: {said(error)}')
-
-    with (open(folder / 'train.bin', 'wb') as train, open(folder / 'val.bin', 'wb') as val,
-          ThreadPoolExecutor() as pool, tqdm(unit=' tokens', unit_scale=True) as bar):
-        files, source = {'train': train, 'val': val}, documents()
-        while some := list(islice(source, 32)):
-            splits, texts = zip(*some)
-            for split, ids in zip(splits, pool.map(partial(encode, tok), texts)):
-                ids = np.append(ids, np.uint16(tok.eot_token))
-                ids = ids[:min(most[split] - n[split], len(ids))]
-                files[split].write(ids.tobytes())
-                n[split] += len(ids)
-                bar.update(len(ids))
     if hold_out and not 0.01 < n['val'] / max(sum(n.values()), 1) < 0.99:
         print('too few documents to hold some out: the last tenth of the text is for validation')
         tokens = np.concatenate([np.fromfile(folder / f'{split}.bin', '<u2') for split in n])
@@ -353,12 +341,10 @@ def write_tokens(cfg, tok, parts, folder):
 
 def prepare(cfg):
     """Writes beside the place, then moves the files to data/NAME. Returns it. Raises UserError."""
-    parts = Path(os.path.abspath(cfg.source)).parts
-    stems = [re.split('[.*?[]', part)[0].strip('-_') for part in parts]  # of a glob, what is plain
-    name = cfg.name or next(filter(None, reversed(stems)))
+    name = cfg.name or Path(cfg.source).name.split('.')[0]
     folder, new = Path('data', name), Path('data', name, '.new')
-    if name != Path(name).name or name == '..':
-        raise UserError(f'--name={name} cannot be the name of a folder in data/')
+    if name in ('', '..') or name != Path(name).name or glob.has_magic(name):
+        raise UserError(f'--name={name} cannot be the name of a folder in data/: give another')
     if (folder / 'train.bin').exists() and not cfg.overwrite:
         raise UserError(f'{folder} is there already: train on it ({next_command(name)}), or give '
                         '--name=, or --overwrite=True')
@@ -405,23 +391,17 @@ def run_script(main):
         raise SystemExit(130)
 
 
-def whole(text):
-    """0, 1, 2 and so on, also as 1e6 or 1_000_000."""
-    if float(text) % 1 or float(text) < 0:
-        raise argparse.ArgumentTypeError(f'{text} is none of 0, 1, 2, ...')
-    return int(float(text))
+def at_least(lowest, kind):
+    """A reader of numbers from the command line, also of 1e6 and 1_000_000."""
+    def number(text):
+        value = float(text)
+        if not lowest <= value < math.inf or kind(value) != value:
+            raise argparse.ArgumentTypeError(f'{text} is no {kind.__name__} from {lowest} on')
+        return kind(value)
+    return number
 
 
-def positive(text):
-    if whole(text) < 1:
-        raise argparse.ArgumentTypeError(f'{text} is less than 1')
-    return whole(text)
-
-
-def number(text):
-    if not 0 <= float(text) < math.inf:
-        raise argparse.ArgumentTypeError(f'{text} is no number from 0 on')
-    return float(text)
+whole, positive, number = at_least(0, int), at_least(1, int), at_least(0, float)
 
 
 class Parser(argparse.ArgumentParser):

@@ -231,12 +231,11 @@ def test_bad_sources(refused, name, content, said):
     assert not Path('data/src/train.bin').exists()
 
 
-@pytest.mark.parametrize('source, name', [
-    ('./books/', 'books'), ('books/**/*.jsonl', 'books'), ('books/c4-*.jsonl', 'c4')])
+@pytest.mark.parametrize('source, name', [('./books/', 'books'), ('books/c4-1.jsonl', 'c4-1')])
 def test_a_name_follows_from_the_source_and_stays_in_data(refused, source, name):
     write('books/c4-1.jsonl', TEXTS)
     assert make(source) == Path('data', name)
-    for outside in '..', '.', '/', 'a/b':
+    for outside in '..', '.', '/', 'a/b', '*.jsonl':
         assert '--name' in refused('prepare.py', f'--source={source}', f'--name={outside}', BYTES)
 
 
