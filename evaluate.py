@@ -117,8 +117,9 @@ def draw_curves(figure, rows, x, y, by, **settings):
         curves[', '.join(str(row[key]) for key in by)].append(row)
     for n, (label, points) in enumerate(curves.items()):
         value, low, high = np.transpose([np.broadcast_to(point[y], 3) for point in points])
-        ax.errorbar([point[x] for point in points], value, (value - low, high - value), capsize=3,
-                    label=label, marker='osD^vPX*'[n % 8], ls=('-', '--', ':')[n % 3])
+        bars = np.maximum((value - low, high - value), 0)       # an end may be rounded past it
+        ax.errorbar([point[x] for point in points], value, bars, capsize=3, label=label,
+                    marker='osD^vPX*'[n % 8], ls=('-', '--', ':')[n % 3])
     ax.set(**dict(xlabel=x.replace('_', ' '), ylabel=y.replace('_', ' ')) | settings)
     ax.xaxis.set_major_formatter('{x:g}')
     ax.grid(alpha=0.3)

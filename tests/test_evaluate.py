@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 import evaluate
 from conftest import checkpoint
@@ -217,6 +218,13 @@ def test_refusals(refused, runs, monkeypatch, args, words):
     (0.8, 10, 0.4902, 0.9433), (0.0, 10, 0.0, 0.2775), (1.0, 1000, 0.99617, 1.0)])
 def test_wilson(p, n, low, high):
     assert evaluate.wilson(p, n) == pytest.approx([p, low, high], abs=1e-4)
+
+
+def test_an_interval_that_ends_before_its_value_is_drawn():
+    """By rounding it may."""
+    interval = evaluate.wilson(1.0, 500)
+    assert interval[2] < 1
+    evaluate.draw_curves(Figure(), [dict(x=1, y=interval, by='a')], 'x', 'y', ('by',))
 
 
 def test_bootstrap():
