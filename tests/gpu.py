@@ -78,7 +78,7 @@ def groups_of(cfg):
         [(120, teach('paper', 60, '--train_length=128 --learning_rate=1e-4 --min_lr=1e-5')),
          (60, grade('paper', '64,128'))],
         [(90, grade('tiny', '64,128'))],
-        *[[(90, f'evaluate.py {measure} --ckpt={tiny}/best.pt{cpu}')]
+        *[[(120, f'evaluate.py {measure} --ckpt={tiny}/best.pt{cpu}')]
           for measure in ('perplexity', 'sharpening', 'caching', 'theory')],
         *[[(120, f'evaluate.py {measure} --ckpt={tiny}-list_recall/best.pt{cpu} {few}')]
           for measure, few in (('attention', ''), ('rate_distortion', bottlenecks))],
