@@ -11,8 +11,8 @@ Measure a trained model, one sub-command each; -h behind it lists its settings.
     python evaluate.py theory                               # the paper's two theorems, run
     python evaluate.py sample --ckpt=out/tiny/best.pt --prompt="def "   # text
 
-A measure is a function and a row of COMMANDS, last in this file. It returns what it found, whose
-rows are printed as a table, and a function that draws it. Both go to the folder eval/ of the
+A measure is a function and a row of COMMANDS, last in this file. It prints, or it returns what it
+found, whose rows become a table, and a function that draws it. Both go to the folder eval/ of the
 checkpoint's run, the first where there are several. An interval is [value, low, high], of 95%.
 """
 import json, math, os, re, sys, zlib
@@ -42,8 +42,8 @@ from train import Machine, encode_prompt, load_checkpoint, new_gpt, printable, s
 
 @dataclass
 class EvalConfig:
-    ckpt: str = 'out/tiny/best.pt'  # a checkpoint, or gpt2; most take several, with commas between
-    yarn_scale: float = 1.0      # stretch the block of a RoPE model so many times, untrained for it
+    ckpt: str = 'out/tiny/best.pt'  # a checkpoint, or gpt2
+    yarn_scale: float = 1.0      # stretch a RoPE model so many times more, untrained for it
     device: str = 'auto'         # auto | cpu | cuda | mps
 
 
@@ -205,19 +205,21 @@ def held_out(task, length, n, tok, markers):
 
 @dataclass
 class PerplexityConfig(EvalConfig):
+    ckpt: str = 'out/tiny/best.pt'  # one checkpoint, or several with commas between
     text: str = ''               # files, or data/NAME; empty: what it was trained on
+    text_column: str = 'text'    # the column or JSON key that holds the text
     block_size: int = 0          # positions of a window, meta-tokens included; 0: the model's
     max_tokens: int = 200_000    # text tokens to score: equal shares of the documents; 0: all
     n_buckets: positive = 8      # parts of the window whose loss is shown apart
 
 
 def perplexity(cfg, machine, models):
-    """Perplexity on the text tokens of documents, without and with meta-tokens among them."""
+    """Perplexity on text tokens, without meta-tokens and with as many as pre-training had."""
     dataset = models[0].trained.get('dataset', '').removeprefix('data/')
     text = cfg.text or str(Path('data', dataset))
     if not (cfg.text or dataset):
         raise UserError('--text=: say which text, as this model was trained on none')
-    tokens, rows, curves = read_text(text, models[0].tok, cfg.max_tokens), [], []
+    tokens, rows, curves = read_text(text, models[0].tok, cfg), [], []
     n_tokens, n_bytes = len(tokens) - 1, token_bytes(models[0].tok)[tokens[1:]].sum()
     for m in models:
         T = cfg.block_size or m.model.config.block_size
@@ -232,15 +234,16 @@ def perplexity(cfg, machine, models):
                              perplexity=math.exp(nats / n_tokens), nats=nats / n_tokens,
                              bits_per_byte=nats / math.log(2) / n_bytes))
             for part in np.array_split(np.arange(T), cfg.n_buckets):
-                curves.append(dict(model=m.name, n_meta=n_meta, position=part.mean(),
-                                   nats=np.nanmean(losses[:, part])))
+                if not np.isnan(losses[:, part]).all():         # else it predicts no text
+                    curves.append(dict(model=m.name, n_meta=n_meta, position=part.mean(),
+                                       nats=np.nanmean(losses[:, part])))
 
     draw = partial(draw_curves, rows=curves, x='position', y='nats', by=('model', 'n_meta'),
                    xlabel='position in the window', ylabel='loss of text tokens (nats)')
     return dict(rows=rows, curves=curves), draw
 
 
-def read_text(text, tok, max_tokens):
+def read_text(text, tok, cfg):
     """(n,) ids of the validation text of data/NAME, or of local files, joined by end-of-text."""
     folder = Path(text) if Path(text).exists() else Path('data', text)
     if (folder / 'val.bin').exists():
@@ -253,16 +256,16 @@ def read_text(text, tok, max_tokens):
         documents = []
         for path in local_files(text):
             try:
-                for document in read_file(path):
+                for document in read_file(path, cfg.text_column):
                     documents.append(np.append(encode(tok, document), tok.eot_token))
             except ValueError as error:
                 raise UserError(f'{path}: {error}')
         if sum(map(len, documents)) < 3:
             raise UserError(f'--text={text}: no text of two tokens or more')
-    if max_tokens:  # a model predicts worse where it has read little: 1024 or more of each
-        share = max(max_tokens // len(documents), 1024)
+    if cfg.max_tokens:  # a model predicts worse where it has read little: 1024 or more of each
+        share = max(cfg.max_tokens // len(documents), 1024)
         documents = [ids[:share + 1] for ids in documents]
-    most = max_tokens + 1 if max_tokens else None               # the first is not scored
+    most = cfg.max_tokens + 1 if cfg.max_tokens else None       # the first is not scored
     return np.concatenate(documents)[:most].astype(np.int64)
 
 
@@ -301,8 +304,8 @@ def window_losses(machine, m, tokens, T, n_meta):
 
 @dataclass
 class InsideConfig(EvalConfig):
-    dataset: str = ''            # validation text of data/DATASET; empty: what it was taught
-    n_rows: positive = 64        # rows of text, each as long as the model's block
+    dataset: str = ''            # a pre-trained model's text: data/DATASET; empty: its own
+    n_rows: positive = 64        # rows of text as long as its block; prompts of a taught model
 
 
 def rows_of(cfg, m):
@@ -668,7 +671,7 @@ def fit_bottleneck(h, y, h_test, y_test, beta, seed, n_steps, z_dim=16):
     """
     torch.manual_seed(seed)
     encoder = torch.nn.Linear(h.shape[1], 2 * z_dim, device=h.device)
-    decoder = torch.nn.Linear(z_dim, int(torch.cat((y, y_test)).max()) + 1, device=h.device)
+    decoder = torch.nn.Linear(z_dim, int(y.max()) + 1, device=h.device)
     optimizer = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], lr=5e-3)
 
     def rate_and_distortion(h, y):                 # (n,) each

@@ -365,7 +365,8 @@ def main():
     describe(cfg, machine, model,
              f'task    {cfg.task}: prompts of up to {cfg.train_length} tokens ({tok.name}), for '
              f"example\n{tok.decode(prompt + answer).replace(META, '·')}")
-    fit(cfg, machine, model, task, checkpoint)
+    resumed = given.get('init_from') == 'resume'
+    fit(cfg, machine, model, task, checkpoint if resumed else None)
     some = task.held_out[::math.ceil(len(task.held_out) / 4)]
     finish(cfg, machine, show_answers(model, some, tok),
            ['python', 'evaluate.py', 'tasks', f'--ckpt={cfg.out_dir}/best.pt'])

@@ -204,7 +204,7 @@ def files_below(paths, seen):
         if path.is_dir():
             below = [p for p in path.iterdir() if not p.name.startswith('.')]
             yield from files_below(below, seen)
-        elif path.is_file() and path.stat().st_size:
+        elif path.stat().st_size:  # a broken link is an error
             yield path
 
 
@@ -267,7 +267,9 @@ def open_source(cfg):
         root = os.path.commonpath(paths)  # what all paths begin with says nothing
         for path in paths:
             below = os.path.relpath(path, root)
-            split = 'train' if path.suffix in ('.txt', '.py') else split_of(below)
+            if path.suffix == '.txt':  # a book's title says nothing
+                below = os.path.dirname(below)
+            split = 'train' if source == 'stdlib' else split_of(below)
             parts.append((path, split, read_file(path, cfg.text_column)))
     else:
         subset = cfg.subset or ('en' if source == 'allenai/c4' else None)
@@ -298,7 +300,7 @@ class PrepareConfig:
     tokenizer: Literal['gpt2', 'bytes'] = 'gpt2'  # GPT-2's BPE, or one token a byte
     text_column: str = 'text'   # the column or JSON key that holds the text
     subset: str = ''            # a hub data set's subset; empty: 'en' for C4, else none
-    max_tokens: int = 0         # stop after so many train tokens, validation after a tenth; 0: all
+    max_tokens: int = 0         # at most so many train tokens, for validation a tenth; 0: all
     overwrite: bool = False     # replace data/NAME's tokens if they are there
 
 

@@ -10,7 +10,8 @@ Pre-train GPT-2 with meta-tokens and meta-attention.
 
 Writes out_dir/: config.json log.csv loss.png sample.txt ckpt.pt (the latest) best.pt (the lowest
 validation loss). Everything random is a function of (seed, iteration): the data order, the meta
-positions, dropout. So a resumed run is the uninterrupted one: on a CPU bit for bit.
+positions, dropout. So a resumed run is the uninterrupted one: on a CPU bit for bit. A new run from
+a checkpoint takes the settings of that run, where the command line is silent.
 """
 import csv, json, math, os, re, shlex, shutil, signal, sys, time, traceback
 from contextlib import nullcontext
@@ -34,7 +35,7 @@ class RunConfig:
     """The settings that every run has, finetune.py's too."""
     preset: str = 'tiny'         # a named set of defaults, which the other settings override
     # where from, where to
-    out_dir: str = ''            # the run's folder; empty: named after what is run
+    out_dir: str = ''            # the run's folder; empty: out/PRESET, or out/MODEL-TASK
     init_from: str = 'scratch'   # scratch | resume (out_dir's run) | a checkpoint | gpt2
     overwrite: bool = False      # allow a fresh run in a folder that holds one
     seed: int = 1337             # decides the initial weights and everything random after
@@ -54,7 +55,7 @@ class RunConfig:
     pos: Literal['rope', 'ape', 'none'] = 'rope'  # positions: rotary, learned (GPT-2's), or none
     meta_attn: bool = True       # the second attention, among meta-tokens
     meta_pos: bool = True        # False: meta-tokens have no position
-    yarn_scale: float = 1.0      # stretch the context of a RoPE checkpoint so many times
+    yarn_scale: float = 1.0      # a RoPE checkpoint's context, over that before any stretch
     # the optimizer
     learning_rate: float = 3e-3  # at its peak
     min_lr: float = 2e-4         # at the end
@@ -223,14 +224,14 @@ def fit(cfg, machine, model, task, checkpoint=None):
     A task has batch(i), which makes micro-batch i of the run whoever asks: idx and targets, two
     int64 arrays (B, T), all with meta-tokens or all without; evaluate(model), which returns a dict
     with a val_loss; tok, its tokenizer; and about, which a run that goes on must find again.
-    checkpoint: where that run stopped.
+    checkpoint: where this run stopped, if it goes on.
     Ctrl-C, SIGTERM or SIGHUP finishes the step, saves and exits; a second one ends the process.
     Raises UserError at the first step without a finite loss and gradient.
     """
     optimizer = make_optimizer(model, cfg)
     scaler = torch.amp.GradScaler(machine.type, enabled=machine.dtype == 'float16')
     at, resumed_at = dict(iter_num=0, tokens=0, best_val_loss=math.inf, log=[]), None
-    if cfg.init_from == 'resume':
+    if checkpoint:
         if checkpoint['data'] != task.about:
             raise UserError(f'the data is not what the run in {cfg.out_dir} was trained on')
         optimizer.load_state_dict(checkpoint['optimizer'])
@@ -406,7 +407,8 @@ def open_run(cfg, given, presets, inherited):
                 raise UserError(f'--{key}={given[key]}: the run in {cfg.out_dir} has {old[key]}, '
                                 f"which stays; {shlex.quote(f'--init_from={latest}')} starts a new "
                                 'run from it')
-        cfg = replace(cfg, **old | given | dict(out_dir=cfg.out_dir))
+        where = dict(out_dir=cfg.out_dir, init_from=old['init_from'])
+        cfg = replace(cfg, **old | given | where)
         if done > cfg.max_iters:
             raise UserError(f'--max_iters={cfg.max_iters}: {cfg.out_dir} has done {done} steps')
         if done == cfg.max_iters and Path(cfg.out_dir, 'sample.txt').exists():
@@ -463,7 +465,7 @@ def new_gpt(model_args, weights=None):
 def load_model(path):
     """
     model, tok = load_model('out/tiny/best.pt'): a trained GPT in eval mode, and its tokenizer.
-    model.generate puts in meta-tokens as in pre-training. 'gpt2' is GPT-2. Raises UserError.
+    model.generate puts in meta-tokens as in its training. 'gpt2' is GPT-2. Raises UserError.
     """
     checkpoint = load_checkpoint(path)
     model = new_gpt(checkpoint['model_args'], checkpoint['model']).eval()
@@ -654,7 +656,7 @@ def launch(main):
 # Pre-training from the command line
 
 def describe(cfg, machine, model, task):
-    """The lines that a run begins with."""
+    """The lines that a run begins with. Raises UserError where processes cannot share a step."""
     if cfg.gradient_accumulation_steps % machine.world:
         raise UserError('--gradient_accumulation_steps counts over all processes: make it a '
                         f'multiple of {machine.world}')
@@ -701,7 +703,8 @@ def main():
              f'data    data/{cfg.dataset}: {len(data.train):,} train tokens ({data.tok.name}), '
              f'seen {epochs:.2f} times\n'
              f'rows    {cfg.block_size} tokens, of which {task.n_meta} are meta-tokens')
-    fit(cfg, machine, model, task, checkpoint)
+    resumed = given.get('init_from') == 'resume'
+    fit(cfg, machine, model, task, checkpoint if resumed else None)
     best = f'{cfg.out_dir}/best.pt'
     finish(cfg, machine, write_samples(cfg, machine, model, data.tok),
            ['python', 'finetune.py', f'--init_from={best}'],

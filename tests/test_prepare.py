@@ -191,7 +191,7 @@ def test_a_large_text_file_is_read_in_pieces():
     assert max(map(len, pieces)) < 4_100_000 and ''.join(pieces) == text
 
 
-def test_files_of_a_folder():
+def test_files_of_a_folder(refused):
     """Links are followed, each file is taken once, loops end; what is left out is counted."""
     for name in 'src/a/a.txt', 'elsewhere/b.txt', 'src/.git/a.txt', 'src/a.pdf', 'src/.c.txt':
         write(name, [f'text of {name}'])
@@ -201,6 +201,8 @@ def test_files_of_a_folder():
     out = subprocess.run(command, timeout=20, check=True, capture_output=True, text=True).stdout
     assert sorted(read('src')) == ['text of elsewhere/b.txt', 'text of src/a/a.txt']
     assert '1 files of other kinds are left out\n' in out
+    Path('src/gone.txt').symlink_to('nowhere')
+    assert 'src/gone.txt' in refused('prepare.py', '--source=src', BYTES, '--name=x')
 
 
 def test_a_folder_that_may_not_be_read(tmp_path):
@@ -243,7 +245,7 @@ def test_a_name_follows_from_the_source_and_stays_in_data(refused, source, name)
     ('test', {'train/0.parquet': 'train', 'dev/0.parquet': 'val', 'eval/0.parquet': ''}),
     ('test', {'interval/a.jsonl': 'train', 'c4-VALID.0.json.gz': 'val', 'Test_1.jsonl': ''}),
     ('test/*/*.jsonl', {'train/0.jsonl': 'train', 'dev/0.jsonl': 'val', 'test/0.jsonl': ''}),
-    ('test', {'dev/Val.txt': 'train', 'test.txt': 'train', 'valid.jsonl': 'val'}),
+    ('test', {'a/valid.jsonl': 'val', 'dev/a.txt': 'val', 'test.txt': 'train', 'Val.txt': 'train'}),
     ('test', {'val.jsonl': 'hash'}), ('test', {'a.jsonl': 'hash', 'test.jsonl': ''})])
 def test_names_of_files_and_folders_say_where_they_go(capsys, source, files):
     """The source's own name does not. A book is training text, whatever its title."""

@@ -33,6 +33,7 @@ def assert_same_run(a, b):
         one, two = checkpoint(a, name), checkpoint(b, name)
         for key in 'model', 'optimizer', 'scaler', 'iter_num', 'tokens', 'best_val_loss':
             torch.testing.assert_close(one[key], two[key], rtol=0, atol=0)
+        assert one['config']['init_from'] == two['config']['init_from']  # where it came from
     assert log(a, *EXACT) == log(b, *EXACT)
 
 
