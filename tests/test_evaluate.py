@@ -313,14 +313,12 @@ def test_perplexity_is_the_slow_one(monkeypatch, n_meta, T, n, placement):
     monkeypatch.setattr(evaluate, 'read_text', lambda *_: tokens)
     m = Loaded('m', None, model, TOK, dict(meta_placement=placement, meta_rate=n_meta / T))
     found, _ = evaluate.perplexity(PerplexityConfig(text='a', n_buckets=T), MACHINE, [m])
-    row = found['rows'][-1]
-    curve = {point['position']: point['nats'] for point in found['curves']
-             if point['n_meta'] == n_meta}
+    curve = {c['position']: c['nats'] for c in found['curves'] if c['n_meta'] == n_meta}
     nats = np.mean(scored)
     expected = dict(scored_tokens=n - 1, nats=nats, perplexity=math.exp(nats),
                     bits_per_byte=nats / math.log(2))
-    assert {key: row[key] for key in expected} == pytest.approx(expected, rel=1e-3)
-    assert len(scored) == n - 1
+    row = {key: found['rows'][-1][key] for key in expected}
+    assert row == pytest.approx(expected, rel=1e-3) and len(scored) == n - 1
     means = {t: np.mean(nats) for t, nats in enumerate(positions) if nats}
     assert curve == pytest.approx(means, rel=1e-4)
 
