@@ -437,7 +437,7 @@ def parse_config(cls, presets={}, argv=None, doc='', prog=None):
         near = difflib.get_close_matches(word.split('=')[0], names, n=1)
         hint = f'did you mean {near[0]}?' if near else '-h lists the settings'
         raise UserError(f'unknown setting {word}; {hint}')
-    given = {key: {'True': True, 'False': False}.get(value, value)
+    given = {key: value == 'True' if isinstance(getattr(cls, key), bool) else value
              for key, value in vars(given).items()}
     return replace(cls(), **presets.get(given.get('preset'), {}) | given), given
 
