@@ -11,9 +11,9 @@ Measure a trained model, one sub-command each; -h behind it lists its settings.
     python evaluate.py theory                               # the paper's two theorems, run
     python evaluate.py sample --ckpt=out/tiny/best.pt --prompt="def "   # text
 
-A measure is a function and a row of COMMANDS, last in this file. It prints, or it returns what it
-found, whose rows become a table, and a function that draws it. Both go to the folder eval/ of the
-checkpoint's run, the first where there are several. An interval is [value, low, high], of 95%.
+A measure is a function and a row of COMMANDS, last in this file. It prints, or it returns a dict,
+whose 'rows' become a table, and a function that draws. Both results go to the folder eval/ in the
+run of the first checkpoint. An interval is [value, low, high], of 95%.
 """
 import json, math, os, re, sys, zlib
 from collections import Counter, defaultdict
@@ -330,7 +330,7 @@ def rows_of(cfg, m):
                         trained.get('meta_placement', 'random'))
         if data.tok.name != m.tok.name or blocks.n_chunks < cfg.n_rows:
             raise UserError(f'the validation text has {blocks.n_chunks} rows, of tokens of '
-                            f'{data.tok.name}: fewer than --n_rows={cfg.n_rows}, or others')
+                            f'{data.tok.name}: --n_rows={cfg.n_rows} of {m.tok.name} are wanted')
         idx = torch.from_numpy(blocks.batch(0, cfg.n_rows)[0])
     is_meta = idx == model.config.meta_id
     if cfg.n_rows < 2 or not (is_meta[:, 1:] & ~is_meta[:, :-1]).any():
@@ -366,7 +366,7 @@ def look_inside(model, idx, zero_meta=None):
 def attention_logits(seen, of_meta=False):
     """
     What the softmax of a block's attention sees, or of its meta-attention: (B, n_head, T, T), -inf
-    where a token may not look. Among all tokens, the mask of meta-attention is the causal one.
+    where a token may not look. (meta_mask, given all tokens, is the causal mask.)
     """
     attn, x, among = seen.block.attn, seen.block.ln_1(seen.x), torch.ones_like(seen.is_meta)
     if of_meta:
@@ -380,7 +380,7 @@ def attention_logits(seen, of_meta=False):
 def attention(model, idx):
     """
     What attends to what, idx (B, T): two arrays (n_layer, B, n_head, T, T), of causal attention and
-    of meta-attention. In a row of text the latter is all 0; it is None in a model without it.
+    of meta-attention. Of text the latter is all 0. In a model without it, it is None.
     """
     causal, meta = [], []
     for seen in look_inside(model, idx):
@@ -426,7 +426,7 @@ def sharpening(cfg, machine, models):
         for (against, other), (w, measure) in product(others.items(), enumerate(PAPER)):
             change = (as_is - np.stack(other))[..., w]          # (n_rows, L, n_head, n)
             by_row = change.mean(axis=(1, 2, 3))
-            value = bootstrap(lambda rows: by_row[rows].mean(), len(idx))
+            value = bootstrap(lambda drawn: by_row[drawn].mean(), len(idx))
             rows.append(dict(reading=reading, of=measure, against=against, value=value,
                              paper=PAPER[measure]))
             changes[reading, measure, against] = change.ravel()
@@ -487,14 +487,14 @@ def caching(cfg, machine, models):
     rows, curves = [], []
     for kind, at in enumerate(('meta-tokens', 'text tokens (control)')):
         for near, end in pairwise(edges):
-            value = bootstrap(lambda rows: cosine(kind, rows, near, end), n_rows)
+            value = bootstrap(lambda drawn: cosine(kind, drawn, near, end), n_rows)
             curves.append(dict(at=at, distance=near, cosine=value))
         rows.append(dict(of=f'cosine up to 4 back, less that from {far} on, at {at}',
                          value=bootstrap(partial(fading, kind), n_rows)))
-    more = bootstrap(lambda rows: fading(0, rows) - fading(1, rows), n_rows)
+    more = bootstrap(lambda drawn: fading(0, drawn) - fading(1, drawn), n_rows)
     rows.append(dict(of='the first of these less the second', value=more))
     rows.append(dict(of='attention of text to meta-tokens, less a uniform one',
-                     value=bootstrap(lambda rows: over[rows].mean(), n_rows)))
+                     value=bootstrap(lambda drawn: over[drawn].mean(), n_rows)))
 
     draw = partial(draw_curves, rows=curves, x='distance', y='cosine', by=('at',), xscale='log',
                    xlabel='distance back to a text token (positions)',
@@ -540,9 +540,9 @@ class AttentionConfig(EvalConfig):
 
 def show_attention(cfg, machine, models):
     """
-    What the token that predicts the answer attends to in each block, and how much of that goes to
-    each meta-token in meta-attention at the last of them. Means over the heads. In a model that was
-    taught to answer in bytes this token is the space in front of the answer, put behind the prompt.
+    What the token that predicts the answer attends to in each block. The picture also shows what
+    the last meta-token attends to in meta-attention. All are means over the heads. In a model that
+    was taught in bytes, the predicting token is the space before the answer, behind the prompt.
     """
     ids, first = prompt_to_look_at(cfg, models[0]), models[0]
     words = [printable(first.tok, [i], '·').replace('\n', '⏎').replace(' ', '␣') for i in ids]
@@ -604,9 +604,9 @@ META_CURVE, TEXT_CURVE, BEFORE_CURVE = CURVES = (
 
 def rate_distortion(cfg, machine, models):
     """
-    The rate-distortion curve of the last meta-token's hidden state about the answer, of a frozen
-    model, by a variational information bottleneck. It is held against that of the last text token,
-    and of the text token right before it, which has seen as much of the prompt.
+    The rate-distortion curve of the last meta-token's hidden state about the answer, in a frozen
+    model, by a variational information bottleneck. It is held against those of the last text token,
+    and of the text token right before the meta-token, which has seen as much of the prompt.
     """
     m = only(models)
     h, y = hidden_states(m, cfg.n_train, 'train')

@@ -44,7 +44,7 @@ def list_recall(size, length, rng, items):
 
 
 def segment_counting(size, length, rng, items):
-    """How often is the item between the marks? All answers up to the largest are as likely."""
+    """How often is the item between the marks? All answers up to the largest are equally likely."""
     asked = items[rng.integers(len(items))]
     others = [item for item in items if item != asked]
     names, lists = draw_lists(size, length, rng, others)
@@ -253,8 +253,8 @@ def collate(rows, width, pad):
 def grade(model, rows, width, tok, machine, zero_meta=None):
     """
     Asks the model [(prompt, answer)], padded to width. Returns four arrays (len(rows),).
-    right: every token of the answer is the argmax, given those before it. asked: how many tokens
-    are not white space. hits: how many of these are the argmax. nats: the sum of all losses.
+    right: every token of the answer is the argmax, given those before it. hits: how many tokens
+    but white space are the argmax. asked: how many of those there are. nats: the sum of all losses.
     """
     results, training, meta = [], model.training, meta_token(tok)
     white = torch.tensor(tok.encode_ordinary(' \n'), device=machine.device)

@@ -83,7 +83,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = remember(cache, self, k, v)     # (B, n_head, n_keys, head_dim) each
         n, n_keys, mask = q.shape[2], k.shape[2], None
-        if 1 < n < n_keys:                         # the last n of all tokens
+        if 1 < n < n_keys:                         # n new tokens; a single one sees all
             mask = torch.ones(n, n_keys, dtype=torch.bool, device=x.device).tril(n_keys - n)
         p = self.dropout.p if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=p, is_causal=n == n_keys)
@@ -119,7 +119,7 @@ def masked_meta_attention(block, x, rope, is_meta):
     lowest = torch.finfo(scores.dtype).min                     # a row of -inf would become nan
     weights = scores.masked_fill(~allowed[:, None], lowest).softmax(dim=-1)
     y = block.meta_attn.project(block.meta_attn.dropout(weights) @ v)
-    return x + y * allowed.any(dim=-1, keepdim=True)           # text: without c_proj's bias too
+    return x + y * allowed.any(dim=-1, keepdim=True)           # text: not even c_proj's bias
 
 
 def add_meta_attention(block, x, rope, is_meta, meta_at, cache=None):
@@ -132,10 +132,10 @@ def add_meta_attention(block, x, rope, is_meta, meta_at, cache=None):
     if meta_at.shape[1] == 0:
         return x
     at = meta_at[..., None]                                    # (B, M, 1)
-    rope = [angles.take_along_dim(at, dim=1) for angles in rope]        # (B, M, head_dim / 2) each
+    rope = [r.take_along_dim(at, dim=1) for r in rope]         # cos, sin (B, M, head_dim / 2)
     y = block.meta_attn(block.ln_meta(x.take_along_dim(at, dim=1)), rope, cache)  # (B, M, C)
     y = y * is_meta[..., None].take_along_dim(at, dim=1)       # 0 where text fills a slot
-    return x.scatter_add(1, at.expand_as(y), y.to(x.dtype))    # x[b, at[b]] + y[b]
+    return x.scatter_add(1, at.expand_as(y), y.to(x.dtype))    # x[b, at[b]] += y[b]
 
 
 def remember(cache, attn, k, v):
@@ -148,7 +148,7 @@ def remember(cache, attn, k, v):
     end = start + k.shape[2]
     if end > room.shape[3]:
         room = F.pad(room, (0, 0, 0, end))
-    room[..., start:end, :] = new
+    room[..., start:end, :] = new                              # at first, room is new
     cache[attn] = room, end
     return room[..., :end, :]
 
@@ -186,7 +186,7 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():                # as in GPT-2
             if name.endswith('bias'):
                 nn.init.zeros_(p)
-            elif p.dim() == 2:  # c_proj writes into the residual stream, 2 * n_layer times
+            elif p.dim() == 2:  # c_proj writes into the residual stream: GPT-2's 2 * n_layer times
                 n_writes = 2 * config.n_layer if name.endswith('c_proj.weight') else 1
                 nn.init.normal_(p, std=0.02 / math.sqrt(n_writes))
 
@@ -234,13 +234,13 @@ class GPT(nn.Module):
             x = block(x, rope, is_meta, meta_at, cache)
         return self.transformer.ln_f(x)
 
-    @torch.no_grad()  # and not by cuDNN's kernel, which plans anew for every length of the cache
+    @torch.no_grad()  # below: no cuDNN kernel, which would plan anew for every length of the cache
     @sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, meta_every=None,
                  generator=None):
         """
         idx (B, T) -> (B, T + n): idx, and max_new_tokens sampled text tokens behind it; fewer where
-        learned positions end. All rows must hold as many meta-tokens, else ValueError.
+        learned positions end. Raises ValueError if one row holds more meta-tokens than another.
         temperature: 0 takes the likeliest. top_k: sample from so many likeliest tokens.
         meta_every: a meta-token follows every so many new text tokens, on top of max_new_tokens;
         0: none; None: as the configuration says. generator: a torch.Generator.
@@ -277,8 +277,8 @@ def sample(logits, temperature=1.0, top_k=None, generator=None):
 def find_meta_tokens(is_meta, n_meta=None):
     """
     is_meta (B, T) -> (B, M): where each row's meta-tokens stand; [[0, 1, 0, 1]] -> [[1, 3]]. Text
-    follows in a row with fewer. M is n_meta, or the most that a row holds. A GPU would wait for
-    that count, so there n_meta is trusted. A CPU raises ValueError if a row holds more.
+    follows in a row with fewer. M is n_meta, or the most that a row holds. To count would be to
+    wait for a GPU, so there n_meta is trusted. A CPU raises ValueError if a row holds more.
     """
     on_cpu = is_meta.device.type == 'cpu' and not torch.compiler.is_compiling()
     if n_meta is None:

@@ -55,7 +55,7 @@ class RunConfig:
     pos: Literal['rope', 'ape', 'none'] = 'rope'  # positions: rotary, learned (GPT-2's), or none
     meta_attn: bool = True       # the second attention, among meta-tokens
     meta_pos: bool = True        # False: meta-tokens have no position
-    yarn_scale: float = 1.0      # a RoPE checkpoint's context, over that before any stretch
+    yarn_scale: float = 1.0      # YaRN stretches a RoPE checkpoint's first context so many times
     # the optimizer
     learning_rate: float = 3e-3  # at its peak
     min_lr: float = 2e-4         # at the end
@@ -64,7 +64,7 @@ class RunConfig:
     weight_decay: float = 0.1    # on matrices only
     beta1: float = 0.9           # AdamW's
     beta2: float = 0.95          # AdamW's
-    grad_clip: float = 1.0       # clip the gradient's norm there; 0: never
+    grad_clip: float = 1.0       # the largest norm of a gradient, which is clipped there; 0: any
     # the machine
     device: str = 'auto'         # auto | cpu | cuda | cuda:1 | mps
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of matrix products
@@ -86,7 +86,7 @@ PRESETS = {
                   eval_iters=200, block_size=1024, batch_size=12, gradient_accumulation_steps=40,
                   n_layer=12, n_head=12, n_embd=768, learning_rate=6e-4, min_lr=6e-5,
                   warmup_iters=2000),
-    # GPT-2's weights trained on: nanoGPT fine-tunes them at 3e-5, and starts from nothing at 6e-4.
+    # From GPT-2's weights: nanoGPT fine-tunes them at 3e-5, and starts from nothing at 6e-4.
     # Ours stands between, as meta-attention starts from nothing. It is a guess, and not tuned.
     'gpt2': dict(init_from='gpt2', dataset='c4', max_iters=1000, eval_interval=100, batch_size=12,
                  gradient_accumulation_steps=40, learning_rate=1e-4, min_lr=1e-5, warmup_iters=100),
@@ -102,7 +102,7 @@ def train_step(it, cfg, machine, model, optimizer, scaler, micro_batches):
 
     Every target of the step counts alike, whatever micro-batch and process it is in. Returns this
     process's part of the mean loss in nats, and the gradient's norm: two tensors, as to read a
-    number is to wait for a GPU.
+    number would be to wait for a GPU.
     """
     n_targets, = machine.sum(sum(count_targets(targets) for _, _, targets in micro_batches))
     loss_sum = torch.zeros((), device=machine.device)
@@ -143,7 +143,7 @@ def count_targets(targets):
 
 
 def learning_rate(it, cfg):
-    """Linear warm-up to learning_rate, cosine down to min_lr, then flat. it counts from 0."""
+    """Linear warm-up to learning_rate, cosine down to min_lr, then flat. `it` counts from 0."""
     if it < cfg.warmup_iters:
         return cfg.learning_rate * (it + 1) / (cfg.warmup_iters + 1)
     end = cfg.lr_decay_iters or cfg.max_iters
@@ -166,7 +166,7 @@ def make_optimizer(model, cfg):
 
 class Pretraining:
     """
-    Next-token prediction on a data folder. `fit` trains on any object with these two methods.
+    Next-token prediction on a data folder: a task for `fit`, which says what a task has.
     Raises UserError where a block holds no text, or no meta-token, or the data no block.
     """
     def __init__(self, cfg, machine, data):
@@ -221,12 +221,12 @@ def fit(cfg, machine, model, task, checkpoint=None):
     """
     Trains a model on a task, and validates, logs and saves on the way.
 
-    A task has batch(i), which makes micro-batch i of the run whoever asks: idx and targets, two
-    int64 arrays (B, T), all with meta-tokens or all without; evaluate(model), which returns a dict
-    with a val_loss; tok, its tokenizer; and about, which a run that goes on must find again.
+    A task has batch(i), micro-batch i of the run whoever asks: idx and targets, two int64 arrays
+    (B, T), where every idx has meta-tokens or none has; evaluate(model), which returns a dict with
+    a val_loss; tok, its tokenizer; and about, which must be the same when a run goes on.
     checkpoint: where this run stopped, if it goes on.
     Ctrl-C, SIGTERM or SIGHUP finishes the step, saves and exits; a second one ends the process.
-    Raises UserError at the first step without a finite loss and gradient.
+    Raises UserError at the first step without a finite loss or, but in float16, gradient.
     """
     optimizer = make_optimizer(model, cfg)
     scaler = torch.amp.GradScaler(machine.type, enabled=machine.dtype == 'float16')
@@ -272,7 +272,7 @@ def fit(cfg, machine, model, task, checkpoint=None):
         if is_last:
             return
 
-        clock += time.perf_counter() - started  # what was no step's
+        clock += time.perf_counter() - started  # validating and saving are no step's
         loss, grad_norm = train_step(it, cfg, machine, model, optimizer, scaler, micro_batches)
         n_tokens = cfg.gradient_accumulation_steps * micro_batches[0][1].size
         micro_batches = own_micro_batches(it + 1, cfg, machine, task)  # while a GPU still computes
@@ -281,7 +281,7 @@ def fit(cfg, machine, model, task, checkpoint=None):
         if not math.isfinite(loss if scaler.is_enabled() else loss + grad_norm):
             raise UserError(f'step {it}: loss {loss}, gradient norm {grad_norm}; lower '
                             f'--learning_rate. {cfg.out_dir} keeps its checkpoint, if it has one')
-        row = {}
+        row = {}  # of log.csv: the next turn adds to it, and writes it
         at |= dict(iter_num=it + 1, tokens=at['tokens'] + n_tokens)
         if at['iter_num'] % cfg.log_interval == 0:
             seconds = time.perf_counter() - clock
@@ -509,7 +509,7 @@ def make_model(cfg, tok, checkpoint, meta_every):
         is_output = '.c_proj.' in name
         weights[name] = torch.zeros_like(new[name]) if is_output else new[name]
     if checkpoint['config'].get('meta_rate') == 0 and getattr(cfg, 'meta_rate', 1) > 0:
-        # The token never came, so pre-training pushed it far away from those that did.
+        # The token never came: pre-training pushed it far away. finetune.py has no such rate.
         wte = weights['lm_head.weight'].clone()
         wte[args['meta_id']] = new['lm_head.weight'][args['meta_id']]
         weights['transformer.wte.weight'] = weights['lm_head.weight'] = wte
@@ -530,7 +530,7 @@ def encode_prompt(text, model, tok):
 
 def printable(tok, ids, meta=''):
     """Token ids as text, up to end-of-text. What would steer a terminal is shown as U+FFFD."""
-    if not meta:  # they may stand between the bytes of a letter
+    if not meta:  # one may stand between the bytes of a letter
         ids = [i for i in ids if i != meta_token(tok)]
     text, *_ = tok.decode(ids).replace(META, meta).replace('\r\n', '\n').split(END_OF_TEXT)
     return re.sub(r'[\x00-\x08\x0b\r\x0e-\x1f\x7f-\x9f]', '\ufffd', text)
@@ -661,10 +661,10 @@ def describe(cfg, machine, model, task):
         raise UserError('--gradient_accumulation_steps counts over all processes: make it a '
                         f'multiple of {machine.world}')
     n_params = sum(p.numel() for p in model.parameters())
-    n_meta = sum(p.numel() for name, p in model.named_parameters() if 'meta' in name)
+    n_added = sum(p.numel() for name, p in model.named_parameters() if 'meta' in name)
     rows = cfg.batch_size * cfg.gradient_accumulation_steps
     machine.say(f'device  {machine.name}, {machine.dtype}, {machine.world} process(es)\n'
-                f'model   {n_params / 1e6:.2f}M parameters, {n_meta / 1e6:.2f}M of them for '
+                f'model   {n_params / 1e6:.2f}M parameters, {n_added / 1e6:.2f}M of them for '
                 f'meta-attention\n{task}\n'
                 f'run     {cfg.out_dir}: {cfg.max_iters:,} steps of {rows} rows')
 
@@ -693,7 +693,7 @@ def main():
     data = load_data(cfg.dataset)
     task = Pretraining(cfg, machine, data)
 
-    every = 0  # text tokens from one meta-token to the next; a sink has none behind it
+    every = 0  # text tokens from one meta-token to the next; 'start': no more come
     if task.n_meta and cfg.meta_placement != 'start':
         every = max(round(1 / cfg.meta_rate) - 1, 1)
     torch.manual_seed(cfg.seed)

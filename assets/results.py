@@ -62,8 +62,8 @@ LONGER = '--max_iters=500 --eval_interval=100 --learning_rate=1e-3 --curriculum=
 # Written down before the first of these runs: what we expect. Of two seeds, tried before, meta
 # learned recall in half of gpt2's steps.
 EXPERIMENTS = [
-    # All learn it. meta needs fewer steps than gpt2, and is ahead at 128 tokens. pause and same-size
-    # stand between. Zeroing the position hurts beyond the taught length.
+    # All learn it. meta needs fewer steps than gpt2, and is ahead at 128 tokens. pause and
+    # same-size stand between. Zeroing the position hurts beyond the taught length.
     Experiment('recall', FOUR, 5, RECALL, 'tasks --lengths=64,96,128,192 --n_examples=500'),
     # YaRN without training helps no model beyond 128. After 500 steps all know 128.
     *[Experiment('stretched', THREE, 3, RECALL,
@@ -77,7 +77,7 @@ EXPERIMENTS = [
     *[Experiment('marks', THREE, 3, f'{RECALL} --markers={markers}',
                  'tasks --lengths=64 --n_examples=500', dict(marks=markers))
       for markers in ('random', 'none')],
-    # All learn copying. Of parity at 24 bits we do not know.
+    # All learn copying. Of parity we do not know.
     Experiment('copying', FOUR, 3, f'--task=copying {FLAT}',
                'tasks --lengths=64,128 --n_examples=500'),
     Experiment('parity', FOUR, 3, f'--task=parity --train_length=28 {FLAT}',

@@ -23,7 +23,7 @@ SMALL = 0.05   # a difference below this counts as nothing: 5 points of exact ma
 
 
 class Reading(NamedTuple):
-    """One way to take a claim. It holds if `plus` less `minus` is above 0, seed by seed."""
+    """One way to take a claim. It says that `plus` less `minus`, paired by seed, is above 0."""
     words: str
     plus: dict    # what the rows of this side are; empty: 0
     minus: dict
@@ -83,12 +83,12 @@ CLAIMS = [  # (text, sub-command of evaluate.py, readings)
     ('Zeroing their embedding hurts (Table 2)', 'tasks',
      [Reading(f'{length} tokens', *zeroed('embedding', length)[::-1], 'token_accuracy')
       for length in (64, 128)]),
-    ('They sharpen attention (Fig. 2)', 'sharpening',
+    ('Before teaching they sharpen attention (Fig. 2)', 'sharpening',
      [inside('sharpening', words, -1, reading=reading, of='entropy', against='zeroed embeddings')
       for words, reading in SHARPER]),
-    ('They cache earlier text (Fig. 2)', 'caching',
+    ('Before teaching they cache earlier text (Fig. 2)', 'caching',
      [inside('caching', 'in resembling near text', 1, of=NEAR['of']),
-      Reading('more than pause does', NEAR | dict(model='meta'), NEAR | dict(model='pause'),
+      Reading('in doing so more than pause', NEAR | dict(model='meta'), NEAR | dict(model='pause'),
               'value'),
       inside('caching', 'in text attending to them', 1, 0.01,
              of='attention of text to meta-tokens, less a uniform one')]),
@@ -115,11 +115,11 @@ def select(rows, where, figure):
 
 def compare(rows, reading):
     """The difference for each seed that has both sides, and [mean, low, high] of 95%, or None."""
-    sides = [select(rows, where, reading.figure) if where else None
-             for where in (reading.plus, reading.minus)]
-    seeds = sorted(set.intersection(*[set(side) for side in sides if side is not None]))
-    differences = np.array([sum(sign * side[seed] for sign, side in zip((1, -1), sides)
-                                if side is not None) for seed in seeds])
+    plus, minus = (select(rows, where, reading.figure) for where in (reading.plus, reading.minus))
+    plus = plus if reading.plus else dict.fromkeys(minus, 0.0)
+    minus = minus if reading.minus else dict.fromkeys(plus, 0.0)
+    seeds = sorted(plus.keys() & minus.keys())
+    differences = np.array([plus[seed] - minus[seed] for seed in seeds])
     if len(seeds) < 3:
         return differences, None
     return differences, students(differences.mean(), differences.std(ddof=1), len(seeds))

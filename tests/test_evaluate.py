@@ -195,7 +195,7 @@ def test_matplotlibs_settings_do_not_matter(cli, runs):
     (['perplexity', f'--ckpt={APE}', '--yarn_scale=2'], 'yarn_scale=2.0 stretches RoPE'),
     (['perplexity', '--yarn_scale=0.5'], 'yarn_scale=0.5'),
     (['caching', f'--ckpt={TINY},{APE}'], 'one checkpoint at a time'),
-    (['caching', '--n_rows=9999'], 'fewer than --n_rows=9999'),
+    (['caching', '--n_rows=9999'], '--n_rows=9999 of bytes'),
     (['caching', '--dataset=words'], 'of gpt2'),
     *((['perplexity', f'--text={text}'], 'of gpt2') for text in ('words', './data/words')),
     (['sharpening', '--n_rows=1'], 'nothing to measure'),

@@ -399,7 +399,7 @@ def test_folders_and_what_training_would_go_wrong_on(tokenizer, split, ids, said
     ('--min_lr 1e-3 --overwrite=True', {'min_lr': 0.001, 'overwrite': True}),
     ('--overwrite False', {'overwrite': False}), ('--out_dir="a b"', {'out_dir': 'a b'}),
     ('--meta_placement start --out_dir=a=b', {'meta_placement': 'start', 'out_dir': 'a=b'}),
-    ('--out_dir=~/1', {'out_dir': os.path.expanduser('~/1')}), ('--out_dir=True', {'out_dir': 'True'}),
+    ('--out_dir=~', {'out_dir': os.path.expanduser('~')}), ('--out_dir=True', {'out_dir': 'True'}),
     ('--n_head 5 --preset paper', {'preset': 'paper', 'n_head': 5}),
     ('--sede=5', 'unknown setting --sede=5; did you mean --seed'), ('seed=5', 'mean --seed'),
     ('-seed=5', 'mean --seed'), ('--seed=3 --min_rl 3', 'mean --min_lr'), ('zzz', '-h lists'),
