@@ -73,8 +73,8 @@ def test_block(T, rate, placement):
         assert (y[y >= 0] == row[first:]).all()  # each text token is predicted once
         if placement == 'start':
             assert meta[:M].all()
-        if placement == 'periodic' and M > 1:  # evenly: no gap is longer by more than one
-            assert np.ptp(np.diff(np.flatnonzero(meta))) <= 1
+        if placement == 'periodic' and M:  # evenly: each gap is T / M, rounded up or down
+            assert (abs(np.diff([-1, *np.flatnonzero(meta)]) - T / M) < 1).all() and meta[-1]
 
 
 def test_positions_are_uniform_and_independent():

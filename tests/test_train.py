@@ -113,9 +113,12 @@ def test_a_new_run_from_a_checkpoint(inside, trained, tmp_path):
 def test_a_meta_token_that_a_model_never_met_is_new(trained):
     start, tok = checkpoint('out/tiny'), get_tokenizer('bytes')
     old = start['model']['lm_head.weight']
-    for old_rate, rate, is_new in (0.1, 0.1, False), (0.0, 0.0, False), (0.0, 0.1, True):
+    same = {key: start['config'][key] for key in train.MODEL_KEYS}
+    for old_rate, cfg, is_new in (
+            (0.1, train.TrainConfig(**same), False), (0.0, train.TrainConfig(**same), True),
+            (0.0, train.TrainConfig(**same, meta_rate=0.0), False),
+            (0.0, train.RunConfig(**same), True)):  # as finetune.py's, it has no rate
         start['config'] |= dict(meta_rate=old_rate)
-        cfg = train.TrainConfig(**start['config'] | dict(meta_rate=rate))
         torch.manual_seed(0)
         wte = train.make_model(cfg, tok, start, meta_every=9).lm_head.weight.detach()
         changed = (wte != old).any(dim=1).nonzero().flatten().tolist()
@@ -387,6 +390,7 @@ STAYS = [(f'{OLD} --out_dir=out/tiny {change}', change + ': .*has .*out/tiny/ckp
     (f'{OLD} --out_dir=out/evil', 'out/evil/ckpt.pt is damaged'),
     (f'{NEW}out/tiny', "no checkpoint out/tiny: name a run's ckpt.pt or best.pt"),
     (f'{NEW}out/other/ckpt.pt', 'checkpoint of another program'),
+    (f'{NEW}out/tiny/ckpt.pt --preset=paper', 'no data/c4/train.bin'),
     (f'{NEW}out/tiny/ckpt.pt --n_layer=3', 'n_layer=3: .* has 2'),
     (f'{NEW}out/words/ckpt.pt', 'bytes .* those of gpt2: .*--dataset='),
     (f'{FRESH} --out_dir=out/tiny',
