@@ -94,14 +94,6 @@ def test_from_text_to_recall(run, refused, text, tmp_path):
     assert list((tmp_path / 'out/books-list_recall/eval').glob('tasks*.png'))
 
 
-def test_what_is_missing_can_be_made():
-    with pytest.raises(prepare.UserError) as missing:
-        prepare.load_data('stdlib')
-    make_it = re.search('(python prepare.py.*)', str(missing.value))[1]
-    assert commands_in(make_it) == [('prepare.py', ['--source=stdlib', '--tokenizer=bytes',
-                                                    '--name=stdlib'])]
-
-
 @pytest.mark.parametrize('tiny', [False, True])
 def test_commands_for_a_gpu_are_understood(tiny):
     """tests/gpu.py itself runs where a GPU is; --tiny=True takes some minutes."""
