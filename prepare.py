@@ -30,8 +30,8 @@ def inject_meta_tokens(text, n_meta, meta_id, rng, placement='random'):
 
     text (B, W): token ids. Returns idx and targets, both (B, T) int64 with T = W - 1 + n_meta.
     The last token of a row of text is only a target. A target is the token that comes next, or
-    -1 if that is a meta-token. So each text token of a row is predicted once, but for
-    one in column 0 of idx.
+    -1 if that is a meta-token. So each text token of a row is predicted once, but for one in
+    column 0 of idx.
     placement: 'random' draws n_meta of the T positions for each row, all equally likely, with
     rng, a numpy Generator. 'periodic' spaces them evenly. 'start' puts them first.
     """

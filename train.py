@@ -509,7 +509,7 @@ def make_model(cfg, tok, checkpoint, meta_every):
         is_output = '.c_proj.' in name
         weights[name] = torch.zeros_like(new[name]) if is_output else new[name]
     if checkpoint['config'].get('meta_rate') == 0 and getattr(cfg, 'meta_rate', 1) > 0:
-        # The token never came: pre-training pushed it far away. finetune.py has no such rate.
+        # The token never came: pre-training pushed it far away. (finetune.py has no rate.)
         wte = weights['lm_head.weight'].clone()
         wte[args['meta_id']] = new['lm_head.weight'][args['meta_id']]
         weights['transformer.wte.weight'] = weights['lm_head.weight'] = wte
