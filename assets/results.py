@@ -192,6 +192,8 @@ def main():
         print(*[plan(*job[:3])[1] for job in todo], f'{len(todo)} missing', sep='\n')
         return
     if not args.draw:
+        if not (ROOT / 'data/stdlib/train.bin').exists():  # else two runs would make it at once
+            run('prepare.py --source=stdlib --tokenizer=bytes')
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(lambda job: measure(*job), todo))
     tables.draw(rows)

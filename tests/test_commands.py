@@ -11,6 +11,7 @@ import evaluate
 import finetune
 import gpu
 import prepare
+import speed
 import train
 from conftest import ROOT, make_toy
 from prepare import parse_config
@@ -19,6 +20,7 @@ CONFIGS = {
     'train.py': (train.TrainConfig, train.PRESETS),
     'finetune.py': (finetune.FinetuneConfig, finetune.PRESETS),
     'prepare.py': (prepare.PrepareConfig, {}),
+    'tests/speed.py': (speed.SpeedConfig, {}),
 } | {command: (settings, {}) for command, (settings, _) in evaluate.COMMANDS.items()}
 SMALL = {  # a proposed command is run as it is, but for a short time
     'train.py': ['--max_iters=2', '--eval_iters=2', '--n_layer=1', '--n_embd=16', '--n_head=2',
@@ -32,10 +34,11 @@ SMALL = {  # a proposed command is run as it is, but for a short time
 def commands_in(text):
     """[(script, its settings)] of the lines of text that run a script of ours."""
     found = []
-    one_process, many = r'python (\w+\.py\b[^\n#|`]*)', r'torchrun .*? (train\.py[^\n#`]*)'
+    one_process = r'python ((?:tests/speed|\w+)\.py\b[^\n#|`]*)'
+    many = r'torchrun .*? (train\.py[^\n#`]*)'
     for command in re.findall(f'{one_process}|{many}', text):
         script, *settings = shlex.split(''.join(command))
-        if script in ('train.py', 'finetune.py', 'prepare.py', 'evaluate.py'):
+        if script == 'evaluate.py' or script in CONFIGS:
             found.append((script, settings))
     return found
 
@@ -115,7 +118,6 @@ NOT_HERE = '--max_tokens=1e9', '--init_from=gpt2', 'torchrun'  # a network, seve
 
 def test_readmes_commands_run_one_after_another(inside, text, tmp_path):
     """Each as it stands there, but for a short time."""
-    make_toy(tmp_path, 'stdlib')
     make_toy(tmp_path, 'c4')
     (tmp_path / 'texts').mkdir()
     lines = [json.dumps({'text': 'abc ' * 200}) for _ in range(50)]
@@ -139,6 +141,16 @@ def test_readmes_commands_run_one_after_another(inside, text, tmp_path):
         inside(script, *settings)
         ran += 1
     assert ran > 10
+
+
+def test_readmes_shell(trained):
+    """Where meta-tokens stand does not depend on the model."""
+    *lines, last = re.findall('^>>> (.*)', README, re.M)
+    shell = {}
+    for line in lines:
+        exec(line, shell)
+    shape, places = eval(last, shell)
+    assert shape[-2:] == (17, 17) and f'{places!r})' in README
 
 
 def test_readme_is_a_lesson():

@@ -2,7 +2,6 @@
 import json
 import math
 import os
-import re
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -14,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import train
-from conftest import ROOT, checkpoint, tokenizer_or_skip
+from conftest import checkpoint, tokenizer_or_skip
 from prepare import UserError
 from test_train import Evil
 
@@ -113,12 +112,6 @@ def test_another_model_is_refused(refused, theirs, change):
     assert 'is not that of GPT-2' in refused('train.py', '--init_from=weights/gpt2')
 
 
-def test_no_check_is_an_assertion():
-    """python -O takes those out."""
-    for script in ROOT.glob('*.py'):
-        assert not re.search(r'^\s*assert\b', script.read_text(encoding='utf-8'), re.M)
-
-
 def test_refusals(refused, theirs):
     assert 'gpt2, gpt2-medium, gpt2-large, gpt2-xl' in refused('train.py', '--init_from=gpt3')
     assert 'gpt2: no GPT-2' in refused('train.py', '--init_from=gpt2')  # no network, for tests
@@ -146,8 +139,8 @@ def test_a_run_by_name_and_its_exact_resume(inside, theirs, monkeypatch):
     inside('train.py', '--init_from=resume', '--max_iters=4', '--out_dir=out/parts')
     a, b = checkpoint('out/gpt2'), checkpoint('out/parts')
     torch.testing.assert_close(a['model'], b['model'], rtol=0, atol=0)
-    assert a['config'] | dict(preset='gpt2', learning_rate=1e-4, block_size=T, meta_rate=0.1,
-                              meta_attn=True, pos='ape', bias=True) == a['config']
+    assert a['config'].items() >= dict(preset='gpt2', learning_rate=1e-4, block_size=T,
+                                       meta_rate=0.1, meta_attn=True, pos='ape', bias=True).items()
     model, _ = train.load_model('gpt2')
     best = gpt2_logits(theirs, torch.arange(3), GELU['gelu_new'])[-1].argmax()
     assert model.generate(torch.arange(3)[None], 1, temperature=0)[0, -1] == best

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import train
 from conftest import ROOT, SMALL, SMALL_TASK, checkpoint, log, make_toy
 from model import GPT, GPTConfig, cross_entropy
-from prepare import Blocks, UserError, get_tokenizer, meta_token
+from prepare import Blocks, UserError, get_tokenizer, load_data, meta_token
 
 RESUME = 'train.py', '--init_from=resume'
 EXACT = 'iter', 'train_loss', 'val_loss', 'val_bpb', 'lr', 'grad_norm', 'tokens'  # not the speed
@@ -395,14 +395,13 @@ STAYS = [(f'{OLD} --out_dir=out/tiny {change}', change + ': .*has .*out/tiny/ckp
     (f'{NEW}out/words/ckpt.pt', 'bytes .* those of gpt2: .*--dataset='),
     (f'{FRESH} --out_dir=out/tiny',
      'holds a run.*--init_from=resume --out_dir=out/tiny.*--out_dir=.*--overwrite=True'),
-    (f'{FRESH} --n_head=3', 'n_embd=32 .*n_head=3'),
+    (f'{FRESH} --n_head=32', 'n_embd=32 is no multiple of .*n_head=32'),
     (f'{FRESH} --dataset=nowhere', 'data/nowhere.*python prepare.py'),
     (f'{FRESH} --block_size=100000', 'lower --block_size'),
     (f'{FRESH} --meta_rate=0', 'meta_rate=0.0 .*--meta_attn=False'),
     (f'{FRESH} --meta_rate=0.999', 'meta_rate=0.999 leaves no room'),
     (f'{FRESH} --yarn_scale=4', '--init_from='),
     (f'{FRESH} --device=cuda:99', '--device=cuda:99'),
-    (f'{FRESH} --lerning_rate=1', 'did you mean --learning_rate'),
 ])
 def test_refusals(refused, odd_runs, monkeypatch, command, said):
     """One line that says what to change, and nothing is written, or executed."""
@@ -424,6 +423,14 @@ def test_learning_rate_schedule():
     assert train.learning_rate(100, longer) == pytest.approx(0.55)
     low = dataclasses.replace(cfg, learning_rate=0.01)  # below min_lr, which does not raise it
     assert train.learning_rate(100, low) == 0.01
+
+
+def test_meta_tokens_stand_where_the_settings_say(toy):
+    cfg = train.TrainConfig(block_size=32, batch_size=4, meta_placement='start')
+    task = train.Pretraining(cfg, None, load_data('toy'))
+    for idx, _ in task.batch(5), task.val.batch(0, 4):
+        is_meta = idx == meta_token(task.tok)
+        assert is_meta[:, :3].all() and not is_meta[:, 3:].any()
 
 
 def test_a_grad_clip_of_0_is_none(inside, toy):
