@@ -14,7 +14,6 @@ positions, dropout. So a resumed run is the uninterrupted one: on a CPU bit for 
 a checkpoint takes the settings of that run, where the command line is silent.
 """
 import csv, json, math, os, re, shlex, shutil, signal, sys, time, traceback
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -607,9 +606,9 @@ class Machine:
             torch.set_float32_matmul_precision('high')
             self.name = torch.cuda.get_device_name()
             best = 'bfloat16' if torch.cuda.get_device_capability() >= (8, 0) else 'float16'
-        self.dtype, self.autocast = best if dtype == 'auto' else dtype, nullcontext()
-        if self.dtype != 'float32':
-            self.autocast = torch.autocast(self.type, getattr(torch, self.dtype))
+        self.dtype = best if dtype == 'auto' else dtype
+        self.autocast = torch.autocast(self.type, getattr(torch, self.dtype),
+                                       enabled=self.dtype != 'float32')
         if dist.is_torchelastic_launched():
             dist.init_process_group('nccl' if self.type == 'cuda' else 'gloo')
             self.rank, self.world = dist.get_rank(), dist.get_world_size()
@@ -673,8 +672,7 @@ def write_samples(cfg, machine, model, tok):
     """Three new documents by the model."""
     start = encode_prompt('', model, tok).expand(3, -1)
     generator = torch.Generator(machine.device).manual_seed(cfg.seed)
-    with machine.autocast:
-        ids = model.eval().generate(start, 200, 0.8, top_k=200, generator=generator)
+    ids = model.eval().generate(start, 200, 0.8, top_k=200, generator=generator)
     return '\n---\n'.join(printable(tok, row) for row in ids[:, 1:].tolist()) + '\n'
 
 
