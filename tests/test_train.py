@@ -294,6 +294,7 @@ def two_processes(tmp_path_factory):
 ''', f'''
 run(train, *{SMALL}, *{TWO}, '--lr_decay_iters=12', '--max_iters=10', '--out_dir=out/two')
 dist.init_process_group = lambda backend: None  # the first run's stays
+dist.barrier()  # until the first process has saved, as a user waits
 run(train, '--init_from=resume', '--max_iters=12', '--out_dir=out/two')
 run(finetune, *{COPYING}, '--batch_size=4', '--gradient_accumulation_steps=4', '--out_dir=out/copy')
 sys.argv = ['train.py', *{SMALL}, *{TWO}, '--max_iters=99', '--out_dir=out/fails']
