@@ -12,8 +12,8 @@ Measure a trained model, one sub-command each; -h behind it lists its settings.
     python evaluate.py sample --ckpt=out/tiny/best.pt --prompt="def "   # text
 
 A measure is a function and a row of COMMANDS, last in this file. It prints, or it returns a dict,
-whose 'rows' become a table, and a function that draws. Both results go to the folder eval/ in the
-run of the first checkpoint. An interval is [value, low, high], of 95%.
+whose 'rows' become a table, and a function that draws. The dict, as JSON, and the picture go to
+eval/ beside the first checkpoint. An interval is [value, low, high], of 95%.
 """
 import json, math, os, re, sys, zlib
 from collections import Counter, defaultdict
@@ -223,9 +223,8 @@ def perplexity(cfg, machine, models):
     n_tokens, n_bytes = len(tokens) - 1, token_bytes(models[0].tok)[tokens[1:]].sum()
     for m in models:
         T = cfg.block_size or m.model.config.block_size
-        if T < 2 or m.model.config.pos == 'ape' and T > m.model.config.block_size:
-            raise UserError(f'--block_size={T}: {m.name} has 2 to {m.model.config.block_size} '
-                            'positions')
+        if m.model.config.pos == 'ape' and T > m.model.config.block_size:
+            raise UserError(f'--block_size={T}: {m.name} has {m.model.config.block_size} positions')
         for n_meta in sorted({0, meta_count(T, m.trained.get('meta_rate', 0))}):
             batches = window_losses(machine, m, tokens, T, n_meta)
             losses, scored = map(np.concatenate, zip(*batches))  # (n_windows, T) each
@@ -262,11 +261,10 @@ def read_text(text, tok, cfg):
                 raise UserError(f'{path}: {error}')
         if sum(map(len, documents)) < 3:
             raise UserError(f'--text={text}: no text of two tokens or more')
-    if cfg.max_tokens:  # a model predicts worse where it has read little: 1024 or more of each
-        share = max(cfg.max_tokens // len(documents), 1024)
-        documents = [ids[:share + 1] for ids in documents]
-    most = cfg.max_tokens + 1 if cfg.max_tokens else None       # the first is not scored
-    return np.concatenate(documents)[:most].astype(np.int64)
+    most = cfg.max_tokens or sys.maxsize
+    share = max(most // len(documents), 1024)  # where it has read little, a model predicts worse
+    documents = [ids[:share + 1] for ids in documents]
+    return np.concatenate(documents)[:most + 1].astype(np.int64)  # the first is not scored
 
 
 def window_losses(machine, m, tokens, T, n_meta):
@@ -653,10 +651,9 @@ def hidden_states(m, n, split):
                       m.tok, trained['markers'])
     states, y = [], []
     for prompt, answer in islice(stream, n):
-        is_meta = [i == m.model.config.meta_id for i in prompt]
-        meta = [t for t in range(len(prompt)) if is_meta[t]]
-        text = [t for t in range(len(prompt)) if not is_meta[t]]
-        before = max((t for t in text if t < meta[-1]), default=0)
+        is_meta = np.array(prompt) == m.model.config.meta_id               # (T,)
+        meta, text = np.flatnonzero(is_meta), np.flatnonzero(~is_meta)     # their places
+        before = text[text < meta[-1]].max(initial=0)
         x = m.model.hidden(torch.tensor([prompt], device=device))[0]       # (T, C)
         states.append(x[[meta[-1], text[-1], before]])                     # (3, C)
         y.append(next(i for i in answer if m.tok.decode([i]).strip()))

@@ -182,13 +182,12 @@ def examples(task, length, split, seed, tok, markers='task'):
         prompt, answer = make_example(task, length, rng, tok, markers)
         key = np.array(prompt, '<u2').tobytes()
         its_split = 'test' if zlib.crc32(key) % 10 == 0 else 'train'
-        if split != its_split or key in seen:
-            misses += 1
-            continue
-        misses = 0
-        if split == 'test':
-            seen.add(key)
-        yield prompt, answer
+        misses += 1
+        if split == its_split and key not in seen:
+            misses = 0
+            if split == 'test':
+                seen.add(key)
+            yield prompt, answer
     raise UserError(f'{task} has too few different prompts of {length} tokens: take a greater '
                     f'length, or fewer examples ({len(seen)} were found)')
 

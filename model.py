@@ -81,7 +81,9 @@ class Attention(nn.Module):
     def forward(self, x, rope, cache=None):
         q, k, v = self.qkv(x, rope)
         if cache is not None:
-            k, v = remember(cache, self, k, v)     # (B, n_head, n_keys, head_dim) each
+            new = torch.stack((k, v))              # (2, B, n_head, n, head_dim)
+            cache[self] = torch.cat((cache[self], new), dim=3) if self in cache else new
+            k, v = cache[self]                     # (B, n_head, n_keys, head_dim) each
         n, n_keys, mask = q.shape[2], k.shape[2], None
         if 1 < n < n_keys:                         # n new tokens; a single one sees all
             mask = torch.ones(n, n_keys, dtype=torch.bool, device=x.device).tril(n_keys - n)
@@ -124,9 +126,9 @@ def masked_meta_attention(block, x, rope, is_meta):
 
 def add_meta_attention(block, x, rope, is_meta, meta_at, cache=None):
     """
-    The same, as it runs. Text gets nothing, and as a key its weight is exp(-inf) = 0. So we gather
-    the meta-tokens of each row, at meta_at (B, M), and run causal attention on these alone. Text
-    fills the last slots of a row with fewer than M. There the causal mask hides it from the
+    The same, as it runs. Text gets nothing. As a key it counts for nothing: exp(-inf) = 0. So we
+    gather the meta-tokens of each row, at meta_at (B, M), and run causal attention on these alone.
+    Text fills the last slots of a row with fewer than M. There the causal mask hides it from the
     meta-tokens. What it gets is dropped.
     """
     if meta_at.shape[1] == 0:
@@ -136,21 +138,6 @@ def add_meta_attention(block, x, rope, is_meta, meta_at, cache=None):
     y = block.meta_attn(block.ln_meta(x.take_along_dim(at, dim=1)), rope, cache)  # (B, M, C)
     y = y * is_meta[..., None].take_along_dim(at, dim=1)       # 0 where text fills a slot
     return x.scatter_add(1, at.expand_as(y), y.to(x.dtype))    # x[b, at[b]] += y[b]
-
-
-def remember(cache, attn, k, v):
-    """
-    The keys and values of new tokens, (B, n_head, n, head_dim) each -> those of all tokens so far.
-    cache: {attention: (room for both, how many tokens are in it)}. Full, the room is doubled.
-    """
-    new = torch.stack((k, v))                                  # (2, B, n_head, n, head_dim)
-    room, start = cache.get(attn, (new, 0))                    # (2, B, n_head, size, head_dim)
-    end = start + k.shape[2]
-    if end > room.shape[3]:
-        room = F.pad(room, (0, 0, 0, end))
-    room[..., start:end, :] = new                              # at first, room is new
-    cache[attn] = room, end
-    return room[..., :end, :]
 
 
 class MLP(nn.Module):
@@ -205,13 +192,14 @@ class GPT(nn.Module):
         idx (B, T) -> (B, T, C), after the last layer norm. lm_head turns them into logits.
         zero_meta takes the meta-tokens' 'position' or their 'embedding' away (paper, Table 2).
         n_meta: the most meta-tokens that a row holds, if known.
-        cache: the keys and values of the tokens before idx, {} for none; those of idx are added.
+        cache: {attention: keys and values (2, B, n_head, n, head_dim)} of the tokens before idx, to
+        which those of idx are added; {} for none.
         Raises ValueError past the last learned position (pos='ape').
         """
         c, (B, T) = self.config, idx.shape
         if zero_meta not in (None, 'position', 'embedding'):
             raise ValueError(f"zero_meta={zero_meta!r} is none of None, 'position', 'embedding'")
-        start = cache[self.transformer.h[0].attn][1] if cache else 0  # tokens before idx
+        start = cache[self.transformer.h[0].attn].shape[3] if cache else 0  # tokens before idx
         if c.pos == 'ape' and start + T > c.block_size:
             raise ValueError(f'{start + T} positions are needed, but learned positions (APE) end '
                              f'at block_size={c.block_size}')
@@ -239,8 +227,8 @@ class GPT(nn.Module):
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, meta_every=None,
                  generator=None):
         """
-        idx (B, T) -> (B, T + n): idx, and max_new_tokens sampled text tokens behind it; fewer where
-        learned positions end. Raises ValueError if one row holds more meta-tokens than another.
+        idx (B, T) -> (B, T + n): idx, and max_new_tokens text tokens behind it, or as many as
+        learned positions leave. Raises ValueError if one row holds more meta-tokens than another.
         temperature: 0 takes the likeliest. top_k: sample from so many likeliest tokens.
         meta_every: a meta-token follows every so many new text tokens, on top of max_new_tokens;
         0: none; None: as the configuration says. generator: a torch.Generator.

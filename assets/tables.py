@@ -5,7 +5,7 @@ import math
 import re
 import sys
 from collections import defaultdict
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -157,11 +157,11 @@ def markdown(head, lines):
     return ''.join('| ' + ' | '.join(map(str, line)) + ' |\n' for line in lines)
 
 
-def in_unit(reading, value):
-    """A difference: in points of accuracy, in steps, or in nats."""
-    if reading.figure in ('exact_match', 'token_accuracy'):
-        return f'{100 * value:+.1f}'
-    return f'{value:+,.0f}' if reading.figure == 'steps_to_90' else f'{value:+.3f}'
+def in_unit(figure, value, sign=''):
+    """A value, or with sign='+' a difference: in percent, in steps, or in nats."""
+    if figure in ('exact_match', 'token_accuracy', 'at_the_end'):
+        return f'{100 * value:{sign}.1f}'
+    return f'{value:{sign},.0f}' if figure == 'steps_to_90' else f'{value:{sign}.3f}'
 
 
 def draw_verdicts(rows):
@@ -188,15 +188,15 @@ def draw_claims(rows):
             word = verdict(interval, reading.small)
             if word == 'not resolved':
                 word += f' ({seeds_needed(differences, reading.small)} seeds would)'
-            ends = '{} ({} to {})'.format(*(in_unit(reading, x) for x in interval or ())) \
-                if interval else ''
-            seeds = ' '.join(in_unit(reading, x) for x in differences)
+            value = partial(in_unit, reading.figure, sign='+')
+            ends = '{} ({} to {})'.format(*map(value, interval)) if interval else ''
+            seeds = ' '.join(map(value, differences))
             lines.append([text, reading.words, ends, seeds, f'**{word}**'])
     return markdown(['claim', 'reading', 'for it (+) or against (-), 95%', 'each seed', 'verdict'],
                     lines)
 
 
-def pivot(rows, experiment, lines, columns, figure, form):
+def pivot(rows, experiment, lines, columns, figure):
     """A table: a line for each value of the keys `lines`, a column for each of `columns`."""
     rows = [row for row in rows if row['experiment'] == experiment and row.get(figure) is not None]
     keys = dict.fromkeys(tuple(row.get(key) for key in lines) for row in rows)
@@ -206,40 +206,28 @@ def pivot(rows, experiment, lines, columns, figure, form):
         cells = []
         for head in heads:
             found = select(rows, dict(zip(lines, key)) | {columns: head}, figure)
-            each = ' '.join(form(found[seed]) for seed in sorted(found))
-            cells.append(f'**{form(np.mean(list(found.values())))}** ({each})' if found else '')
+            each = ' '.join(in_unit(figure, found[seed]) for seed in sorted(found))
+            mean = in_unit(figure, np.mean(list(found.values()) or [math.nan]))
+            cells.append(f'**{mean}** ({each})' if found else '')
         table.append([*key, *cells])
     return markdown([*lines, *heads], table) if table else 'Not run yet.\n'
 
 
-def percent(value):
-    return f'{100 * value:.1f}'
-
-
-def nats(value):
-    return f'{value:.3f}'
-
-
-def steps(value):
-    return f'{value:,.0f}'
-
-
-TABLES = {  # name: experiment, lines, columns, figure, form
-    'steps': ('recall', ['model'], 'experiment', 'steps_to_90', steps),
-    'last_step': ('recall', ['model'], 'experiment', 'at_the_end', percent),
-    'recall': ('recall', ['model', 'meta_tokens'], 'length', 'exact_match', percent),
+TABLES = {  # name: experiment, lines, columns, figure
+    'steps': ('recall', ['model'], 'experiment', 'steps_to_90'),
+    'last_step': ('recall', ['model'], 'experiment', 'at_the_end'),
+    'recall': ('recall', ['model', 'meta_tokens'], 'length', 'exact_match'),
     'stretched': ('stretched', ['model', 'yarn_scale', 'trained', 'meta_tokens'], 'length',
-                  'exact_match', percent),
-    'marks': ('marks', ['model', 'meta_tokens'], 'marks', 'exact_match', percent),
-    'placement': ('placement', ['model', 'meta_tokens'], 'length', 'exact_match', percent),
-    'copying': ('copying', ['model', 'meta_tokens'], 'length', 'exact_match', percent),
-    'parity': ('parity', ['model', 'meta_tokens'], 'length', 'exact_match', percent),
-    'segments': ('segments', ['model', 'meta_tokens'], 'length', 'exact_match', percent),
-    'sharpening': ('sharpening', ['reading', 'of', 'against', 'taught'], 'model', 'value', nats),
-    'caching': ('caching', ['of', 'taught'], 'model', 'value', nats),
-    'rate_distortion': ('rate_distortion', ['curve', 'against'], 'model', 'nats_at_equal_rate',
-                        nats),
-    'text': ('text', ['model', 'n_meta'], 'text', 'nats', nats),
+                  'exact_match'),
+    'marks': ('marks', ['model', 'meta_tokens'], 'marks', 'exact_match'),
+    'placement': ('placement', ['model', 'meta_tokens'], 'length', 'exact_match'),
+    'copying': ('copying', ['model', 'meta_tokens'], 'length', 'exact_match'),
+    'parity': ('parity', ['model', 'meta_tokens'], 'length', 'exact_match'),
+    'segments': ('segments', ['model', 'meta_tokens'], 'length', 'exact_match'),
+    'sharpening': ('sharpening', ['reading', 'of', 'against', 'taught'], 'model', 'value'),
+    'caching': ('caching', ['of', 'taught'], 'model', 'value'),
+    'rate_distortion': ('rate_distortion', ['curve', 'against'], 'model', 'nats_at_equal_rate'),
+    'text': ('text', ['model', 'n_meta'], 'text', 'nats'),
 }
 
 
@@ -260,6 +248,7 @@ def guess(length):
 
 
 def draw_guesses():
+    percent = partial(in_unit, 'exact_match')
     lines = [[length, *map(percent, guess(length))] for length in LENGTHS]
     return markdown(['tokens', 'a guess is right (%)', 'lists of five or more (%)'], lines)
 
