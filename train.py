@@ -348,10 +348,10 @@ def save(cfg, machine, model, task, optimizer, scaler, at, is_best):
 
 
 def save_picture(path, draw, width, height):
-    """What draw(figure) draws, whatever matplotlibrc says."""
+    """What draw(figure) draws. A name may hold a dollar sign."""
     import matplotlib
     from matplotlib.figure import Figure
-    with matplotlib.rc_context(matplotlib.rcParamsDefault | {'text.parse_math': False}):
+    with matplotlib.rc_context({'text.parse_math': False}):
         figure = Figure(figsize=(width, height), layout='constrained')
         draw(figure)
         figure.savefig(path, dpi=120)

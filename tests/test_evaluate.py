@@ -173,13 +173,6 @@ def test_numbers_are_written_before_the_picture(inside, runs, monkeypatch):
     assert Path('out/tiny/eval/perplexity-max_tokens=99.json').exists()
 
 
-def test_matplotlibs_settings_do_not_matter(cli, runs):
-    Path('latex.rc').write_text('text.usetex: True')
-    cli('evaluate.py', 'perplexity', f'--ckpt={TINY}', '--max_tokens=98', '--device=cpu',
-        MATPLOTLIBRC='latex.rc')
-    assert Path('out/tiny/eval/perplexity-max_tokens=98.png').read_bytes().startswith(b'\x89PNG')
-
-
 @pytest.mark.parametrize('args, words', [
     ([], 'python evaluate.py tasks|perplexity|sharpening|caching|attention|rate_distortion|'),
     (['tasks', '--ckpt=out/no/best.pt'], 'no checkpoint out/no/best.pt'),

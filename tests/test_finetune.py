@@ -354,8 +354,6 @@ TAUGHT = '--init_from=resume', '--out_dir=out/tiny-list_recall'
     ((*SCRATCH, '--train_length=47'), 'shorten it, or train a model with a longer --block_size'),
     (('--init_from=resume', '--task=parity'), 'no checkpoint out/tiny-parity/ckpt.pt'),
     ((*TAUGHT, '--task=copying'), 'the run in out/tiny-list_recall has list_recall, which stays'),
-    (('--task=sorting',), 'list_recall'),
-    ((*SCRATCH, '--eval_examples=0'), 'eval_examples'),
     ((*SCRATCH, '--task=parity', '--train_length=8'), 'take a length of 10 or more'),
     ((*SCRATCH, '--task=parity', '--train_length=14'), 'too few different prompts'),
 ])
