@@ -175,7 +175,6 @@ def test_numbers_are_written_before_the_picture(inside, runs, monkeypatch):
 
 @pytest.mark.parametrize('args, words', [
     ([], 'python evaluate.py tasks|perplexity|sharpening|caching|attention|rate_distortion|'),
-    (['tasks', '--ckpt=out/no/best.pt'], 'no checkpoint out/no/best.pt'),
     *((['tasks', f'--lengths={lengths}'], 'lengths') for lengths in ('64,x', '0', '', '64,')),
     (['tasks', '--lengths=20'], 'take a length of 21 or more'),
     (['tasks', '--task=parity', '--lengths=20', '--n_examples=999'], 'or fewer examples'),

@@ -345,17 +345,11 @@ def test_a_prompt_too_long_names_the_stretch_that_works(refused, inside, trained
     assert checkpoint('out/long')['model_args']['yarn_scale'] == 1.31
 
 
-TAUGHT = '--init_from=resume', '--out_dir=out/tiny-list_recall'
-
-
 @pytest.mark.parametrize('args, words', [
     *(((*SCRATCH, f'--task={task}', f'--markers={markers}'), f'{markers}: {task} cannot be asked')
       for task, markers in CANNOT),
     ((*SCRATCH, '--train_length=47'), 'shorten it, or train a model with a longer --block_size'),
     (('--init_from=resume', '--task=parity'), 'no checkpoint out/tiny-parity/ckpt.pt'),
-    ((*TAUGHT, '--task=copying'), 'the run in out/tiny-list_recall has list_recall, which stays'),
-    ((*SCRATCH, '--task=parity', '--train_length=8'), 'take a length of 10 or more'),
-    ((*SCRATCH, '--task=parity', '--train_length=14'), 'too few different prompts'),
 ])
 def test_refusals(refused, trained, args, words):
     """Nothing is written."""

@@ -8,8 +8,8 @@ import pytest
 import prepare
 from conftest import ROOT, tokenizer_or_skip
 from finetune import FinetuneConfig
-from prepare import (Blocks, PrepareConfig, UserError, encode, inject_meta_tokens,
-                     load_data, local_files, meta_count, meta_token, parse_config, token_bytes)
+from prepare import (Blocks, PrepareConfig, UserError, encode, inject_meta_tokens, load_data,
+                     local_files, meta_count, meta_token, parse_config, token_bytes)
 from train import PRESETS, RunConfig, TrainConfig
 
 TEXTS = [f'Document {i}: naïve 東京\n' * (i % 7 + 1) for i in range(200)]
